@@ -1,0 +1,35 @@
+// Every operator schema, once. Each backend registers its kernels in csrc/ops/<op>_<backend>.
+//
+// Argument groups used below:
+//   NF4 weight  packed, absmax [, absmax2, code2, offset], blocksize, blocksize2, N, K   (kernels/params.h)
+//   mixture     A, B (flat factors), alpha [r] (scale times gate), shapes (5 integers per component:
+//               ma, na, mb, nb, identity; kernels/params.h)
+//   path        "auto", "merged" or "factored": how the mixture is computed (ops/choose.h)
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "build_info.h"
+
+TORCH_LIBRARY(moka, m) {
+  m.def("nf4_quantize(Tensor w, int blocksize) -> (Tensor packed, Tensor absmax)");
+  m.def(
+      "nf4_dequantize(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, "
+      "int blocksize, int blocksize2, int N, int K, ScalarType dtype, "
+      "Tensor? A, Tensor? B, Tensor? alpha, int[] shapes) -> Tensor");
+  m.def(
+      "nf4_linear(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, "
+      "int blocksize, int blocksize2, int N, int K, Tensor? bias, "
+      "Tensor? A, Tensor? B, Tensor? alpha, int[] shapes, bool transpose, str path) -> Tensor");
+  m.def("kron_add(Tensor weight, Tensor A, Tensor B, Tensor alpha, int[] shapes) -> Tensor");
+  m.def(
+      "kron_mix(Tensor x, Tensor A, Tensor B, Tensor alpha, int[] shapes, bool transpose, Tensor? add) -> "
+      "Tensor");
+  m.def(
+      "kron_mix_grad(Tensor x, Tensor grad_y, Tensor A, Tensor B, Tensor alpha, int[] shapes, "
+      "bool need_A, bool need_B, bool need_alpha) -> (Tensor grad_A, Tensor grad_B, Tensor grad_alpha)");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operators of moka; they are reached as torch.ops.moka.*";
+  m.def("build_info", &moka::build_info, "What this extension was built with, as a dict of strings.");
+}

@@ -1,0 +1,124 @@
+"""NF4 weights: a matrix in 4 bits per entry, in the layout of bitsandbytes.
+
+    w[e] = code[nibble e] * absmax[e // blocksize]            code: 16 quantiles of N(0, 1)   (QLoRA, arXiv 2305.14314)
+
+The first of two entries is the high nibble of its byte. With double quantization `absmax` is itself stored in 8 bits:
+`absmax[i] = code2[absmax_q[i]] * absmax2[i // blocksize2] + offset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, StateError
+from .ops import require_native
+from .shapes import flatten_shapes
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKSIZE2 = 256  # bitsandbytes quantizes absmax in blocks of 256
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A matrix in NF4; made by `quantize` or read in place by `from_bitsandbytes`.
+
+    Attributes:
+        packed: two entries per byte, any storage dtype (bitsandbytes' `quant_storage`); viewed as uint8.
+        absmax: `[ceil(numel / blocksize)]`, fp32, or uint8 under double quantization.
+        shape: `(N, K)`, the only truth about the size.
+        blocksize: entries per absmax.
+        absmax2, code2, offset, blocksize2: the second level; None without double quantization.
+        dtype: dtype of the weight before quantization; what `dequantize()` returns by default.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: tuple[int, int]
+    blocksize: int = 64
+    absmax2: Tensor | None = None
+    code2: Tensor | None = None
+    offset: Tensor | None = None
+    blocksize2: int = BLOCKSIZE2
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether absmax is itself quantized."""
+        return self.absmax2 is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed bytes are."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by every tensor of this weight."""
+        tensors = (self.packed, self.absmax, self.absmax2, self.code2, self.offset)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+    def op_args(self) -> tuple:
+        """The NF4 argument group of the operators, in schema order."""
+        return (self.packed, self.absmax, self.absmax2, self.code2, self.offset, self.blocksize, self.blocksize2,
+                *self.shape)  # fmt: skip
+
+    def to(self, device: torch.device | str) -> NF4Weight:
+        """The same weight on another device."""
+        moved = {
+            name: tensor.to(device)
+            for name in ("packed", "absmax", "absmax2", "code2", "offset")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+    def dequantize(
+        self,
+        dtype: torch.dtype | None = None,
+        mixture: tuple[Tensor, Tensor, Tensor, Sequence[Sequence[int]]] | None = None,
+    ) -> Tensor:
+        """The dense matrix `[N, K]`, bit-equal to bitsandbytes; `mixture = (A, B, alpha, shapes)` is added in fp32.
+
+        Args:
+            dtype: of the result (fp64, fp32, bf16 or fp16); default the dtype before quantization.
+            mixture: flat factors A and B, alpha `[r]` (scale times gate), shapes; None for the base alone.
+
+        Example:
+            >>> w4 = moka.nf4.quantize(torch.randn(64, 64))
+            >>> w4.dequantize(torch.float32).shape
+            torch.Size([64, 64])
+        """
+        require_native()
+        A, B, alpha, shapes = mixture if mixture is not None else (None, None, None, ())
+        return torch.ops.moka.nf4_dequantize(
+            *self.op_args(), dtype or self.dtype, A, B, alpha, flatten_shapes(shapes)
+        )
+
+
+def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
+    """Quantizes a matrix to NF4, bit-equal to `bitsandbytes.functional.quantize_4bit`.
+
+    Args:
+        w: `[N, K]`, fp32, bf16 or fp16.
+        blocksize: entries that share one absmax; a power of two from 32 to 4096.
+        double_quant: store absmax in 8 bits with a second absmax per 256 (QLoRA section 3).
+
+    Raises:
+        ConfigError: the blocksize is not one of `BLOCKSIZES`, or `w` is not a matrix.
+    """
+    if blocksize not in BLOCKSIZES:
+        raise ConfigError(f"blocksize: got {blocksize}, expected one of {BLOCKSIZES}")
+    if w.dim() != 2:
+        raise ConfigError(f"w: expected a matrix [N, K], got shape {tuple(w.shape)}; reshape it first")
+    require_native()
+    packed, absmax = torch.ops.moka.nf4_quantize(w.detach(), blocksize)
+    weight = NF4Weight(packed, absmax, (w.shape[0], w.shape[1]), blocksize, dtype=w.dtype)
+    if not double_quant:
+        return weight
+    offset = absmax.mean()
+    code2 = dynamic_code().to(absmax.device)
+    absmax_q, absmax2 = quantize_absmax(absmax - offset, code2)
+    return replace(weight, absmax=absmax_q, absmax2=absmax2, code2=code2, offset=offset)
