@@ -1,0 +1,81 @@
+"""How near is near enough: the comparison rules every numeric test uses.
+
+A result is held against a float64 reference, computed from the same rounded inputs and the dequantized weight:
+
+1. *exact*: inputs for which no rounding happens (`integers`) must give `torch.equal` results;
+2. *norms*: relF = |y - r|_F / |r|_F and maxN = max|y - r| / max|r| stay under `LIMITS`;
+3. *ratio*: the error is at most twice that of the plain PyTorch formula in the same dtype, plus one unit roundoff.
+
+Elementwise relative error is not used: under cancellation it is unbounded for correct code.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+#: dtype -> (unit roundoff u, relF limit in u, maxN limit in u)
+LIMITS = {
+    torch.float64: (2.0**-53, 64.0, 128.0),
+    torch.float32: (2.0**-24, 16.0, 32.0),
+    torch.float16: (2.0**-11, 0.75, 2.0),
+    torch.bfloat16: (2.0**-8, 0.75, 2.0),
+}
+
+
+def errors(actual: Tensor, reference: Tensor) -> tuple[float, float]:
+    """(relF, maxN) of `actual` against a float64 `reference`; infinite when `actual` is not finite."""
+    difference = actual.detach().double() - reference
+    if not difference.isfinite().all():
+        return math.inf, math.inf
+    if not reference.any():
+        return (math.inf, math.inf) if difference.any() else (0.0, 0.0)
+    return (
+        (difference.norm() / reference.norm()).item(),
+        (difference.abs().max() / reference.abs().max()).item(),
+    )
+
+
+def assert_close_by_rule(
+    actual: Tensor,
+    float64_reference: Tensor,
+    same_dtype_eager: Tensor,
+    dtype: torch.dtype,
+    roundings: int = 1,
+    reduces_tokens: bool = False,
+) -> None:
+    """Gates 2 and 3 of the module docstring.
+
+    Args:
+        actual: the kernel's result, in `dtype`.
+        float64_reference: the same formula in float64.
+        same_dtype_eager: the same formula in plain PyTorch, computed and returned in `dtype`.
+        dtype: what `actual` must be; sets the limits.
+        roundings: roundings to a 16-bit dtype on the kernel's path.
+        reduces_tokens: a parameter gradient, summed over tokens; doubles the fp32 limits.
+
+    Raises:
+        AssertionError: wrong shape or dtype, a non-finite value, or an error above a limit.
+    """
+    assert actual.shape == float64_reference.shape, f"shape {actual.shape}, expected {float64_reference.shape}"
+    assert actual.dtype == dtype, f"dtype {actual.dtype}, expected {dtype}"
+    if actual.numel() == 0:
+        return
+    u, *limits = LIMITS[dtype]
+    if dtype in (torch.float16, torch.bfloat16):
+        limits[0] *= math.sqrt(roundings)
+    elif dtype == torch.float32 and reduces_tokens:
+        limits = [2 * limit for limit in limits]
+    eager = errors(same_dtype_eager, float64_reference)
+    for name, got, limit, plain in zip(
+        ("relF", "maxN"), errors(actual, float64_reference), limits, eager, strict=True
+    ):
+        assert got <= limit * u, f"{name}: {got / u:.2f} u, limit {limit:.2f} u ({dtype})"
+        assert got <= 2 * plain + u, f"{name}: {got / u:.2f} u, plain PyTorch has {plain / u:.2f} u ({dtype})"
+
+
+def integers(*shape: int, low: int = -2, high: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random integers in [low, high] for the exact gate; the caller keeps sums within the significand."""
+    return torch.randint(low, high + 1, shape).to(dtype)
