@@ -1,10 +1,12 @@
 """How near is near enough: the comparison rules every numeric test uses.
 
-A result is held against a float64 reference, computed from the same rounded inputs and the dequantized weight:
+A result is held against a float64 reference, computed from the same rounded inputs and the dequantized
+weight:
 
 1. *exact*: inputs for which no rounding happens (`integers`) must give `torch.equal` results;
 2. *norms*: relF = |y - r|_F / |r|_F and maxN = max|y - r| / max|r| stay under `LIMITS`;
-3. *ratio*: the error is at most twice that of the plain PyTorch formula in the same dtype, plus one unit roundoff.
+3. *ratio*: the error is at most twice that of the plain PyTorch formula in the same dtype, plus one unit
+   roundoff.
 
 Elementwise relative error is not used: under cancellation it is unbounded for correct code.
 """
@@ -59,7 +61,8 @@ def assert_close_by_rule(
     Raises:
         AssertionError: wrong shape or dtype, a non-finite value, or an error above a limit.
     """
-    assert actual.shape == float64_reference.shape, f"shape {actual.shape}, expected {float64_reference.shape}"
+    expected = float64_reference.shape
+    assert actual.shape == expected, f"shape {actual.shape}, expected {expected}"
     assert actual.dtype == dtype, f"dtype {actual.dtype}, expected {dtype}"
     if actual.numel() == 0:
         return
