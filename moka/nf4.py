@@ -122,3 +122,72 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4W
     code2 = dynamic_code().to(absmax.device)
     absmax_q, absmax2 = quantize_absmax(absmax - offset, code2)
     return replace(weight, absmax=absmax_q, absmax2=absmax2, code2=code2, offset=offset)
+
+
+def dynamic_code() -> Tensor:
+    """The 256 values of the signed dynamic 8-bit type, `[256]` fp32, ascending (arXiv 2110.02861, section 2.1).
+
+    Seven decades below 1; decade `i` is split evenly into `2^i` bins whose midpoints are the values.
+    """
+    positive = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        positive.append(10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0))
+    values = torch.cat(positive)
+    return torch.cat((values, -values, torch.tensor([0.0, 1.0]))).sort().values
+
+
+def quantize_absmax(centered: Tensor, code2: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes `absmax - offset` to 8 bits in blocks of 256: codes `[n]` uint8 and second-level absmax, fp32.
+
+    Like bitsandbytes on the CPU, a value is first rounded to one of 65536 steps over [-1, 1] and then to the code
+    nearest to that step, so that the stored bytes agree.
+    """
+    n = centered.numel()
+    blocks = torch.nn.functional.pad(centered, (0, -n % BLOCKSIZE2)).view(-1, BLOCKSIZE2)
+    absmax2 = blocks.abs().amax(1)
+    scaled = blocks * (1.0 / absmax2.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
+    step = ((scaled + 1.0) * 32767.5 + 0.5).int()
+    nearest = torch.bucketize(step.double() / 32767.5 - 1.0, (code2[:-1] + code2[1:]).double() / 2)
+    return nearest.to(torch.uint8).flatten()[:n].contiguous(), absmax2
+
+
+def from_bitsandbytes(layer: torch.nn.Module) -> NF4Weight:
+    """Reads the weight of a bitsandbytes `Linear4bit` in place: no tensor is copied.
+
+    Call it at each forward rather than keeping the result: moving a `Linear4bit` replaces its tensors.
+
+    Raises:
+        StateError: the layer is not quantized yet, is not NF4, or was repacked for CPU inference, after which its
+            original bytes are gone.
+
+    Example:
+        >>> w4 = moka.nf4.from_bitsandbytes(model.lm_head)      # doctest: +SKIP
+    """
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    if state is None:
+        raise StateError(
+            "the Linear4bit layer holds no quantized weight yet; move it to a device first, e.g. model.to('cpu')"
+        )
+    if state.quant_type != "nf4":
+        raise StateError(f"quant_type: got {state.quant_type!r}, expected 'nf4'; load the model with NF4")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise StateError(
+            "this Linear4bit layer was repacked by a CPU forward pass in eval mode and can no longer be trained; "
+            "reload the model and inject (or quantize) before the first evaluation"
+        )
+    if len(state.shape) != 2:
+        raise StateError(f"the quantized weight has shape {tuple(state.shape)}, expected a matrix [N, K]")
+    second = state.state2 if state.nested else None
+    return NF4Weight(
+        packed=weight.data,
+        absmax=state.absmax,
+        shape=(state.shape[0], state.shape[1]),
+        blocksize=state.blocksize,
+        absmax2=second.absmax if second else None,
+        code2=second.code if second else None,
+        offset=state.offset if second else None,
+        blocksize2=second.blocksize if second else BLOCKSIZE2,
+        dtype=state.dtype,
+    )
