@@ -1,16 +1,18 @@
 #include "build_info.h"
 
-#include <pybind11/stl.h>
-#include <torch/version.h>
-
-#ifndef MOKA_CUDA_ARCHS
-#define MOKA_CUDA_ARCHS ""
-#endif
+#include "build_facts.h"  // written by setup.py
 
 namespace moka {
 
+// Found by moka/_native.py in the file's bytes: an extension that does not load can still say what it was built for.
+[[gnu::used]] static const char kBuiltFor[] = "moka-built-for-torch=" MOKA_TORCH_VERSION ";";
+
 std::map<std::string, std::string> build_info() {
-  return {{"torch", TORCH_VERSION}, {"cuda_archs", MOKA_CUDA_ARCHS}, {"compiler", __VERSION__}};
+  return {{"torch", MOKA_TORCH_VERSION},
+          {"cuda", MOKA_CUDA_VERSION},
+          {"cuda_archs", MOKA_CUDA_ARCHS},
+          {"compiler", __VERSION__},
+          {"git_commit", MOKA_GIT_COMMIT}};
 }
 
 }  // namespace moka

@@ -6,6 +6,7 @@
 //               ma, na, mb, nb, identity; kernels/params.h)
 //   path        "auto", "merged" or "factored": how the mixture is computed (ops/choose.h)
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include "build_info.h"
