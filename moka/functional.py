@@ -120,7 +120,6 @@ def _apply(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple | None, p
 
 def _forward(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: str, transpose: bool) -> Tensor:
     """`W x + b + mixture(x)`, or with `transpose` the same for `W^T`; base: NF4 arguments, `(weight,)` or `()`."""
-    A, _, _, shapes = mixture
     if len(base) > 1:
         return torch.ops.moka.nf4_linear(x, *base, bias, *mixture, transpose, path)
     y = None
