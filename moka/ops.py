@@ -11,22 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _native
 from .errors import NativeError
 
-_load_error: Exception | None = None
-try:
-    from . import _C  # noqa: F401  (registers the operators)
-except ImportError as error:  # kept until an operator is used, so that `import moka` always works
-    _load_error = error
+_load_error = _native.load()  # kept until an operator is used, so that `import moka` always works
 
 
 def require_native() -> None:
     """Raises NativeError, with the command that rebuilds the extension, when the operators are not loaded."""
     if _load_error is not None:
-        raise NativeError(
-            f"moka's compiled extension could not be loaded with torch {torch.__version__}: {_load_error}. "
-            "Rebuild it against this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
-        ) from _load_error
+        raise NativeError(str(_load_error)) from _load_error.__cause__
 
 
 def _register_fakes() -> None:
