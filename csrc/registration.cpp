@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "build_info.h"
+#include "kernels/simd.h"
 
 TORCH_LIBRARY(moka, m) {
   m.def("nf4_quantize(Tensor w, int blocksize) -> (Tensor packed, Tensor absmax)");
@@ -33,4 +34,6 @@ TORCH_LIBRARY(moka, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of moka; they are reached as torch.ops.moka.*";
   m.def("build_info", &moka::build_info, "What this extension was built with, as a dict of strings.");
+  m.def("cpu_isa", [] { return moka::isa_name(moka::active_isa()); }, "Instruction set the CPU kernels use.");
+  m.def("set_cpu_isa", &moka::set_isa, "Test hook: scalar, avx2, avx512 or auto; False when this CPU lacks it.");
 }
