@@ -1,7 +1,7 @@
 """Compiles `moka._C` against the torch of the target environment; everything static is in pyproject.toml.
 
-Environment: MOKA_CUDA=0 builds without CUDA, MOKA_CUDA_ARCHS chooses architectures (`80;90a`), MOKA_WERROR=1 makes warnings
-errors, MAX_JOBS limits parallel compilation.
+Environment: MOKA_CUDA=0 builds without CUDA, MOKA_CUDA_ARCHS chooses architectures (`80;90a`), MOKA_WERROR=1
+makes warnings errors, MAX_JOBS limits parallel compilation.
 """
 
 import os
@@ -19,8 +19,8 @@ from cuda_build import check_cuda_major, choose_archs, gencode_flags, nvcc_relea
 from moka_build import require_torch  # noqa: E402
 
 CXX_FLAGS = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
-# at::parallel_for is an OpenMP loop in a header. It is compiled but not linked with OpenMP: the runtime's symbols then come
-# from the one that torch has loaded, so there is one thread pool and torch.set_num_threads governs it.
+# at::parallel_for is an OpenMP loop in a header. It is compiled but not linked with OpenMP: its symbols then
+# come from the runtime that torch has loaded, and torch.set_num_threads governs its one thread pool.
 CXX_FLAGS += ["-fopenmp"]
 
 
@@ -34,7 +34,7 @@ def git_commit() -> str:
 
 
 def write_facts(facts: dict[str, str]) -> Path:
-    """Writes the header that csrc/build_info.cpp includes; left alone when unchanged, so that nothing is recompiled."""
+    """Writes the header that csrc/build_info.cpp includes; when nothing changed, it is left alone."""
     header = ROOT / "build" / "generated" / "build_facts.h"
     text = "".join(f'#define MOKA_{name} "{value}"\n' for name, value in facts.items())
     if not header.is_file() or header.read_text() != text:

@@ -19,9 +19,9 @@ def check_cuda_major(nvcc: str, torch_cuda: str) -> None:
     """Raises when nvcc and torch are of different CUDA majors: their runtimes cannot share one process."""
     if nvcc.split(".")[0] != torch_cuda.split(".")[0]:
         raise RuntimeError(
-            f"nvcc is CUDA {nvcc} but this torch was built for CUDA {torch_cuda}: point CUDA_HOME at a toolkit of major "
-            f"{torch_cuda.split('.')[0]}, install a torch built for CUDA {nvcc.split('.')[0]}, or set MOKA_CUDA=0 for a "
-            "build without CUDA"
+            f"nvcc is CUDA {nvcc} but this torch was built for CUDA {torch_cuda}: "
+            f"point CUDA_HOME at a toolkit of major {torch_cuda.split('.')[0]}, install a torch built for "
+            f"CUDA {nvcc.split('.')[0]}, or set MOKA_CUDA=0 for a build without CUDA"
         )
 
 
@@ -29,17 +29,19 @@ def choose_archs(requested: str | None, visible: Sequence[tuple[int, int]]) -> l
     """Architectures to compile for, such as `["80", "90a"]`.
 
     Args:
-        requested: MOKA_CUDA_ARCHS, separated by comma, semicolon or space (`80;90a` or `sm_80,sm_90a`); None or empty: choose.
-        visible: compute capabilities of the GPUs of this machine; without any, the release list is taken.
+        requested: MOKA_CUDA_ARCHS, such as `80;90a` or `sm_80,sm_90a`; None or empty to choose.
+        visible: compute capabilities of this machine's GPUs; without any, the release list is taken.
     """
     if requested:
         archs = re.split(r"[,;\s]+", requested.strip())
     else:
-        archs = [f"{major}{minor}" + ("a" if major == 9 else "") for major, minor in visible] or list(RELEASE_ARCHS)
+        native = [f"{major}{minor}" + ("a" if major == 9 else "") for major, minor in visible]
+        archs = native or list(RELEASE_ARCHS)
     wrong = [arch for arch in archs if not ARCH_PATTERN.fullmatch(arch)]
     if wrong:
         raise ValueError(f"MOKA_CUDA_ARCHS: got {wrong[0]!r}, expected architectures such as 80;86;89;90a")
-    return sorted({arch.removeprefix("sm_") for arch in archs}, key=lambda arch: (int(arch.rstrip("af")), arch))
+    unique = {arch.removeprefix("sm_") for arch in archs}
+    return sorted(unique, key=lambda arch: (int(arch.rstrip("af")), arch))
 
 
 def gencode_flags(archs: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Build backend: setuptools, compiling against the torch of the environment that moka is installed into.
 
-Under pip's build isolation `sys.executable` is still the target environment's Python; only `sys.path` is replaced. So that
-environment's site-packages are appended here (after the isolated ones, which keep precedence) and its torch is used. A second
-torch is never fetched: an extension compiled against another one would not load.
+Under pip's build isolation `sys.executable` is still the target environment's Python; only `sys.path` is
+replaced. So that environment's site-packages are appended here (the isolated ones keep precedence)
+and its torch is used. A second torch is never fetched: an extension compiled against another would not load.
 """
 
 import importlib.util
@@ -11,7 +11,11 @@ import subprocess
 import sys
 
 from setuptools import build_meta
-from setuptools.build_meta import build_sdist, prepare_metadata_for_build_editable, prepare_metadata_for_build_wheel
+from setuptools.build_meta import (
+    build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 
 __all__ = [
     "build_editable",
@@ -26,16 +30,18 @@ __all__ = [
 
 NO_TORCH = (
     "moka compiles against the torch it will run with, and found none in this environment ({python}): "
-    "install torch first, then moka again (add --no-build-isolation if torch is there but your installer hides it)."
+    "install torch first, then moka again "
+    "(add --no-build-isolation if torch is there but your installer hides it)."
 )
-TARGET_PATH = "import json, sys; print(json.dumps([p for p in sys.path if p.endswith(('site-packages', 'dist-packages'))]))"
+PRINT_PATH = "import json, sys; print(json.dumps([p for p in sys.path if p.endswith('-packages')]))"
 
 
 def require_torch() -> None:
     """Makes the target environment's torch importable, or stops the build with one sentence."""
     if importlib.util.find_spec("torch") is None:
         # -I: ignore PYTHONPATH, through which pip replaced the path.
-        shown = subprocess.run([sys.executable, "-I", "-c", TARGET_PATH], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-I", "-c", PRINT_PATH]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
         sys.path += [path for path in json.loads(shown.stdout) if path not in sys.path]
         importlib.invalidate_caches()
     if importlib.util.find_spec("torch") is None:

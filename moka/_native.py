@@ -1,7 +1,8 @@
 """Loads the compiled extension, or explains why it does not load.
 
-An extension built for another torch may fail with a raw undefined symbol, or load and then crash. So the torch release it was
-built for is read from the file's bytes (csrc/build_info.cpp puts it there) and compared before anything is loaded.
+An extension built for another torch may fail with a raw undefined symbol, or load and then crash. So the
+release it was built for is read from the file's bytes (csrc/build_info.cpp puts it there) and compared with
+torch's before anything is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 
 def extension_path() -> Path | None:
     """The extension's file for this Python; None when it was not built."""
-    candidates = (Path(__file__).with_name("_C" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    candidates = (Path(__file__).with_name("_C" + suffix) for suffix in suffixes)
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -31,7 +33,7 @@ def built_for(path: Path) -> str | None:
 
 
 def load() -> NativeError | None:
-    """Loads `moka._C`, which registers `torch.ops.moka`; returns the error to raise on first use when that fails."""
+    """Loads `moka._C`, which registers `torch.ops.moka`; returns the error to raise on first use, if any."""
     fix = f"Rebuild it in moka's source folder with: {REBUILD}"
     path = extension_path()
     if path is None:
@@ -44,7 +46,8 @@ def load() -> NativeError | None:
     try:
         importlib.import_module("moka._C")
     except ImportError as error:
-        failure = NativeError(f"moka's compiled extension does not load: {versions}. {fix}\nThe loader said: {error}")
+        message = f"moka's compiled extension does not load: {versions}. {fix}\nThe loader said: {error}"
+        failure = NativeError(message)
         failure.__cause__ = error
         return failure
     return None
