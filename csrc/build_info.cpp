@@ -2,6 +2,12 @@
 
 #include "build_facts.h"  // written by setup.py
 
+#ifdef __clang__
+#define MOKA_COMPILER __VERSION__
+#else
+#define MOKA_COMPILER "GCC " __VERSION__
+#endif
+
 namespace moka {
 
 // Found by moka/_native.py in the file's bytes: an extension that does not load can still say what it was built for.
@@ -11,7 +17,7 @@ std::map<std::string, std::string> build_info() {
   return {{"torch", MOKA_TORCH_VERSION},
           {"cuda", MOKA_CUDA_VERSION},
           {"cuda_archs", MOKA_CUDA_ARCHS},
-          {"compiler", __VERSION__},
+          {"compiler", MOKA_COMPILER},
           {"git_commit", MOKA_GIT_COMMIT}};
 }
 

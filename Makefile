@@ -1,0 +1,68 @@
+# make demo [DATA=my.jsonl] [SEED=0]   fine-tune a real 4-bit model and score it before and after
+# make test                            every check and test
+# make lint | format | bench | clean
+#
+# Needs Python 3.10+, a C++ compiler and a package index. Everything else goes into .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+
+# Tools such as cmake and ninja come from the environment, whatever the machine has.
+export PATH := $(abspath $(BIN)):$(PATH)
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+FAILED = { echo "moka: that did not succeed, see above: it needs a package index that pip can reach, and a C++ compiler" >&2; exit 1; }
+CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py pyproject.toml $(wildcard _backend/*.py) $(filter csrc/%,$(CPP_FILES))
+
+.PHONY: demo test lint format ctest pytest bench clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --seed $(SEED) $(if $(DATA),--data "$(DATA)")
+
+test: lint ctest pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+ctest: $(VENV)/.test
+	for preset in release asan; do \
+	  cmake --preset $$preset && cmake --build --preset $$preset && ctest --preset $$preset || exit 1; \
+	done
+
+pytest: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info moka/_C*.so
+
+# The stamps say what is installed: torch and the build tools first, because moka compiles against that torch.
+$(VENV)/.base: constraints.txt .ci/preflight.py
+	$(PYTHON) .ci/preflight.py
+	$(PYTHON) -m venv $(VENV)
+	@echo "moka: installing torch and the build tools into $(VENV)"
+	$(PIP_INSTALL) torch numpy setuptools ninja || $(FAILED)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base $(SOURCES)
+	@echo "moka: installing what the demo needs, and compiling the extension (about a minute)"
+	$(PIP_INSTALL) --no-build-isolation --editable ".[all]" || $(FAILED)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base $(SOURCES)
+	@echo "moka: installing what the tests need, and compiling the extension (about a minute)"
+	$(PIP_INSTALL) --no-build-isolation --editable ".[dev]" || $(FAILED)
+	touch $@ $(VENV)/.demo

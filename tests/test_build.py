@@ -1,0 +1,172 @@
+"""The build's decisions, what a broken extension says, and `moka.info`."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moka
+from moka import _native, ops
+from moka.errors import NativeError
+from moka.info import Info
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "_backend"))
+
+from cuda_build import check_cuda_major, choose_archs, gencode_flags, nvcc_release  # noqa: E402
+
+# --- decisions about CUDA
+
+
+def test_cuda_major_mismatch_names_both_versions():
+    with pytest.raises(
+        RuntimeError, match=r"nvcc is CUDA 13\.0 but this torch was built for CUDA 12\.8"
+    ) as raised:
+        check_cuda_major("13.0", "12.8")
+    assert "point CUDA_HOME at a toolkit of major 12" in str(raised.value)
+
+
+def test_same_cuda_major_is_accepted():
+    check_cuda_major("12.4", "12.8")
+
+
+def test_nvcc_release_is_read_from_its_banner():
+    assert nvcc_release("Cuda compilation tools, release 13.0, V13.0.88") == "13.0"
+    with pytest.raises(ValueError, match="expected 'release"):
+        nvcc_release("gcc 12")
+
+
+@pytest.mark.parametrize(
+    ("requested", "visible", "expected"),
+    [
+        pytest.param(None, [], ["80", "86", "89", "90a"], id="no GPU: the release list"),
+        pytest.param("", [(9, 0), (9, 0)], ["90a"], id="two Hopper GPUs"),
+        pytest.param(None, [(8, 9), (8, 0)], ["80", "89"], id="mixed GPUs"),
+        pytest.param("sm_90a,80", [(8, 6)], ["80", "90a"], id="requested"),
+        pytest.param(" 80; 100a ", [], ["80", "100a"], id="sorted by number"),
+    ],
+)
+def test_choose_archs(requested, visible, expected):
+    assert choose_archs(requested, visible) == expected
+
+
+def test_unknown_arch_is_refused():
+    with pytest.raises(ValueError, match="MOKA_CUDA_ARCHS: got 'hopper', expected"):
+        choose_archs("80;hopper", [])
+
+
+def test_gencode_flags():
+    assert gencode_flags(["90a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+# --- a missing or broken extension
+
+
+def test_extension_says_what_it_was_built_for():
+    path = _native.extension_path()
+    assert path is not None
+    assert _native.built_for(path) == torch.__version__ == moka.info().built["torch"]
+
+
+def test_missing_extension(monkeypatch):
+    monkeypatch.setattr(_native, "extension_path", lambda: None)
+    error = _native.load()
+    assert isinstance(error, NativeError)
+    assert "missing" in str(error)
+    assert _native.REBUILD in str(error)
+
+
+def test_extension_for_another_torch_is_not_loaded(monkeypatch):
+    monkeypatch.setattr(_native, "built_for", lambda path: "1.0.0+cpu")
+    monkeypatch.setattr(_native.importlib, "import_module", lambda name: pytest.fail("it was loaded"))
+    message = str(_native.load())
+    assert f"built for torch 1.0.0+cpu, found torch {torch.__version__}" in message
+    assert _native.REBUILD in message
+
+
+def test_first_use_raises_and_info_reports(monkeypatch):
+    monkeypatch.setattr(ops, "_load_error", NativeError("not loaded; rebuild"))
+    with pytest.raises(NativeError, match="not loaded; rebuild"):
+        moka.nf4.quantize(torch.randn(8, 64))
+    with pytest.raises(NativeError, match="not loaded; rebuild"):
+        factors = torch.randn(4), torch.randn(4), torch.randn(1)
+        moka.functional.kron_mixture(torch.randn(2, 4), *factors, [(2, 2, 2, 2)])
+    assert moka.info().extension == "not loaded; rebuild"
+    assert moka.info().cpu_isa is None
+
+
+BREAKAGES = {
+    "undefined symbol": lambda data: data.replace(b"_ZN3c10", b"_ZN3c99"),
+    "empty": lambda data: b"",
+    "not a library": lambda data: b"text\n",
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_broken_extension_in_a_fresh_process(tmp_path, breakage):
+    """Import works; the first use names versions and the rebuild command instead of a raw loader error."""
+    package = shutil.copytree(Path(moka.__file__).parent, tmp_path / "moka")
+    library = next(package.glob("_C*"))
+    library.write_bytes(BREAKAGES[breakage](library.read_bytes()))
+    script = (
+        "import torch, moka\n"
+        "print('imported', moka.__file__)\n"
+        "try: moka.nf4.quantize(torch.randn(8, 64))\n"
+        "except moka.errors.NativeError as error: print('refused:', error)\n"
+        "print(moka.info())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"imported {tmp_path}" in done.stdout
+    assert "refused: moka's compiled extension does not load" in done.stdout
+    assert f"found torch {torch.__version__}" in done.stdout
+    assert _native.REBUILD in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+# --- moka.info
+
+
+def test_info_is_complete_and_readable():
+    found = moka.info()
+    assert isinstance(found, Info)
+    assert found.extension == "loaded"
+    assert found.moka == moka.__version__
+    assert found.torch == torch.__version__
+    assert found.cpu_isa in ("avx512", "avx2", "scalar")
+    for name in ("moka", "torch", "compiler", "CUDA archs", "CPU kernels", "bitsandbytes", "transformers"):
+        assert f"\n{name} " in "\n" + str(found)
+
+
+# --- installing
+
+
+def test_building_without_torch_stops_with_one_sentence():
+    """Run as pip runs the backend: without site-packages, but with the target's Python."""
+    script = (
+        "import sys; sys.path.insert(0, '_backend'); import moka_build\n"
+        "moka_build.PRINT_PATH = 'print([])'  # an environment that holds nothing\n"
+        "sys.path = [path for path in sys.path if not path.endswith('-packages')]\n"
+        "moka_build.get_requires_for_build_wheel()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "install torch first" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_source_archive_holds_what_the_build_needs(tmp_path):
+    unwanted = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__")
+    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=unwanted)
+    script = "import sys; sys.path.insert(0, '_backend'); import moka_build; moka_build.build_sdist('..')"
+    subprocess.run([sys.executable, "-c", script], cwd=tree, check=True, capture_output=True)
+    shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), tmp_path / "unpacked")
+    unpacked = next((tmp_path / "unpacked").iterdir())
+    for folder in ("csrc", "_backend", "moka"):
+        expected = {path.relative_to(tree) for path in (tree / folder).rglob("*")}
+        assert expected == {path.relative_to(unpacked) for path in (unpacked / folder).rglob("*")}
