@@ -1,0 +1,171 @@
+"""Writes the measured tables of README.md from the CSVs of benchmarks/results, between markers.
+
+    python benchmarks/tables.py            rewrite README.md
+    python benchmarks/tables.py --check    exit 1 and name the tables when README.md differs from the CSVs
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of TABLES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Rows = list[dict[str, str]]
+
+
+def read(name: str) -> Rows:
+    """The rows of one CSV."""
+    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    header = list(header)
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
+
+
+def layer_table(op: str, variants: dict[str, str]) -> str:
+    """One operation of layer.csv: a line per size and token count, the baseline's time, then ratios to it.
+
+    Args:
+        op: the `op` column.
+        variants: variant -> column title; variants that were not measured are left out.
+    """
+    rows = [row for row in read("layer.csv") if row["op"] == op]
+    cases: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        cases.setdefault((row["N"], row["K"], row["M"]), {})[row["variant"]] = row
+    shown = [name for name in variants if any(name in case for case in cases.values())]
+    header = ["layer (N x K)", "tokens", "torch, ms", *(variants[name] for name in shown)]
+    lines = []
+    for (N, K, M), case in cases.items():
+        baseline = case[next(iter(case.values()))["baseline"]]
+        ratios = (number(case[name]["ratio"]) for name in shown)
+        lines.append([f"{N} x {K}", M, number(baseline["median_ms"]), *ratios])
+    return markdown(header, lines) + machine(rows)
+
+
+def ops_table() -> str:
+    """The operators at the largest size: milliseconds, moka beside its peers."""
+    rows = read("ops.csv")
+    largest = max(int(row["N"]) * int(row["K"]) for row in rows)
+    rows = [row for row in rows if int(row["N"]) * int(row["K"]) == largest]
+    columns = ("moka", "bitsandbytes", "torch", "torch-dequantize", "plain")
+    cases: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        cases.setdefault((row["op"], row["M"]), {})[row["variant"]] = number(row["median_ms"])
+    header = [f"{rows[0]['N']} x {rows[0]['K']}, ms", "tokens", *columns]
+    converted = ("nf4_quantize", "nf4_dequantize")  # no tokens in these
+    lines = [
+        [f"`{op}`", "" if op in converted else M, *(case.get(name, "") for name in columns)]
+        for (op, M), case in cases.items()
+    ]
+    return markdown(header, lines) + machine(rows)
+
+
+def train_table() -> str:
+    """train.csv: a training step of a whole model."""
+    rows = read("train.csv")
+    header = [f"training step, {rows[0]['M']} tokens", "ms", "ratio to frozen", "tokens/s"]
+    lines = (
+        [row["variant"], number(row["median_ms"]), number(row["ratio"]),
+         number(str(1e3 * int(row["M"]) / float(row["median_ms"])))] for row in rows
+    )  # fmt: skip
+    return markdown(header, lines) + machine(rows)
+
+
+def demo_table() -> str:
+    """demo.csv: what `make demo` reports, a line per seed."""
+    header = ["seed", "accuracy before, %", "after, %", "rows", "minutes", "peak GB"]
+    fields = ("seed", "accuracy_before", "accuracy_after", "rows", "minutes", "peak_gb")
+    return markdown(header, ([row[field] for field in fields] for row in read("demo.csv")))
+
+
+def number(text: str) -> str:
+    """Three significant digits, without an exponent."""
+    value = float(text)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.4f}"
+
+
+def machine(rows: Rows) -> str:
+    """Where the rows were measured, as a line below the table."""
+    row = rows[0]
+    return (
+        f"\n{row['machine']}, {row['threads']} threads, {row['isa']}; torch {row['torch']}, bitsandbytes "
+        f"{row['bitsandbytes']}; {row['dtype']}; commit {row['commit']}, {row['date']}.\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "layer-forward": lambda: layer_table(
+        "layer_forward",
+        {
+            "moka-auto": "moka",
+            "bitsandbytes": "bitsandbytes",
+            "bitsandbytes-unpacked": "same, fp32 kernel",
+            "plain-moka": "MoKA in plain PyTorch",
+            "lora-r16": "peft LoRA r=16",
+        },
+    ),
+    "layer-step": lambda: layer_table(
+        "layer_step",
+        {
+            "moka-auto": "moka",
+            "bitsandbytes-unpacked": "bitsandbytes, frozen",
+            "plain-moka": "MoKA in plain PyTorch",
+            "lora-r16": "peft LoRA r=16",
+        },
+    ),
+    "ops": ops_table,
+    "train": train_table,
+}
+
+
+def generate(text: str) -> tuple[str, list[str]]:
+    """`text` with every marked table regenerated, and the names of those that changed.
+
+    Raises:
+        KeyError: a marker names a table that does not exist.
+    """
+    changed = []
+
+    def replace(match: re.Match[str]) -> str:
+        new = f"{match[1]}{TABLES[match[2]]()}{match[3]}"
+        if new != match[0]:
+            changed.append(match[2])
+        return new
+
+    return MARKED.sub(replace, text), changed
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 when README.md is out of date"
+    )
+    options.add_argument("--file", type=Path, default=ROOT / "README.md", help="default: %(default)s")
+    args = options.parse_args()
+    text, changed = generate(args.file.read_text(encoding="utf-8"))
+    if args.check and changed:
+        sys.exit(f"{args.file.name}: tables differ from benchmarks/results: {', '.join(changed)}; "
+                 f"run `python benchmarks/tables.py`")  # fmt: skip
+    if not args.check:
+        args.file.write_text(text, encoding="utf-8")
+        print(f"{args.file}: {len(changed)} tables changed")
+
+
+if __name__ == "__main__":
+    main()
