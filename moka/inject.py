@@ -1,0 +1,259 @@
+"""`inject` puts adapters into a model in place, and `eject` takes them out; `disabled` switches them off for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from . import nf4
+from .config import MokaConfig
+from .errors import ConfigError, StateError
+from .layers import MokaLinear, TrainedCopy, is_linear4bit
+from .targets import find_modules_to_save, find_targets
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+#: Wrappers that take over a model's parameters or forward: adapters go in before them.
+WRAPPERS = (
+    "OptimizedModule",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "DeepSpeedEngine",
+)
+
+
+@dataclass
+class BaseState:
+    """What `inject` changed in the base model, for `eject` to put back."""
+
+    trainable: list[str] = field(default_factory=list)  # names of the parameters that had requires_grad
+    repacking: list[nn.Module] = field(default_factory=list)  # Linear4bit layers that repack in eval mode
+
+
+def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") -> nn.Module:
+    """Adapts the layers that `config` selects, in place; the base is frozen and the output stays as it was.
+
+    An error leaves the model as it was. A second adapter, under another name, is added beside the first and becomes
+    the active one; `set_adapter` activates several.
+
+    Args:
+        model: any module with `nn.Linear`, bitsandbytes `Linear4bit` or `moka.layers.NF4Linear` layers.
+        config: what to adapt and how.
+        adapter_name: letters, digits, `_` and `-`, at most 64.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InjectionError: a pattern matches nothing, or matches a layer that cannot be adapted.
+        ConfigError: a shape does not fit its layer, a prime dimension (strict), or a bad adapter name.
+        StateError: the name is taken, or the model is compiled, sharded or repacked already.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> model = inject(model, MokaConfig(target_modules=["0"]))
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        1290
+    """
+    if not ADAPTER_NAME.fullmatch(adapter_name):
+        raise ConfigError(f"adapter_name: got {adapter_name!r}, expected {ADAPTER_NAME.pattern}")
+    configs: dict[str, MokaConfig] = getattr(model, "moka_config", {})
+    if adapter_name in configs:
+        raise StateError(
+            f"adapter {adapter_name!r} exists already; choose another name or call moka.eject first"
+        )
+    _refuse_wrapped(model)
+    targets = find_targets(model, config)
+    copies = find_modules_to_save(model, config, targets)
+    _check_linear4bit(model)
+    optimizers = _optimizers_of(model)
+
+    layers = [t.module if isinstance(t.module, MokaLinear) else MokaLinear(t.module) for t in targets]
+    trained = [m if isinstance(m, TrainedCopy) else TrainedCopy(m) for m in copies]
+    with contextlib.ExitStack() as undo:  # unwinds on any error, KeyboardInterrupt included
+        if not configs:
+            undo.callback(_restore_base, model)
+            _prepare_base(model)
+        undo.callback(setattr, model, "moka_config", configs)
+        model.moka_config = {**configs, adapter_name: config}  # pyright: ignore[reportAttributeAccessIssue]
+        undo.callback(set_adapter, model, active_adapters(model))
+        for layer, target in zip(layers, targets, strict=True):
+            undo.callback(layer.delete_adapter, adapter_name)
+            layer.add_adapter(adapter_name, config, target.shapes)
+        for copy in trained:
+            undo.callback(copy.delete_adapter, adapter_name)
+            copy.add_adapter(adapter_name)
+        pairs = [*zip((t.module for t in targets), layers, strict=True), *zip(copies, trained, strict=True)]
+        new = {module: wrapper for module, wrapper in pairs if wrapper is not module}
+        undo.callback(_replace, model, {wrapper: module for module, wrapper in new.items()})
+        _replace(model, new)
+        set_adapter(model, adapter_name)
+        undo.pop_all()
+    _warn_about_optimizers(model, optimizers)
+    return model
+
+
+def adapter_layers(model: nn.Module) -> dict[str, MokaLinear]:
+    """Path -> adapted layer; a shared layer is listed once, under its first path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, MokaLinear)}
+
+
+def saved_modules(model: nn.Module) -> dict[str, TrainedCopy]:
+    """Path -> module that an adapter trains in full (`modules_to_save`)."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, TrainedCopy)}
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The adapters in use, in the order in which they were activated."""
+    return list(dict.fromkeys(name for wrapper in _wrappers(model) for name in wrapper.active_adapters))
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Makes exactly these adapters active and trainable; several are added up.
+
+    Raises:
+        StateError: a name is unknown, or a merged adapter would be switched off.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    known = list(getattr(model, "moka_config", {}))
+    for name in names:
+        if name not in known:
+            raise StateError(f"adapter {name!r} does not exist; the model has {known}")
+    wrappers = _wrappers(model)
+    for name in {n for w in wrappers if isinstance(w, MokaLinear) for n in w.merged_adapters} - set(names):
+        raise StateError(f"adapter {name!r} is merged into the base weights; unmerge it first")
+    for wrapper in wrappers:
+        wrapper.set_adapter(names)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model is its base, bit for bit; blocks nest, and any exception restores the state before.
+
+    Raises:
+        StateError: an adapter is merged, so that the base weights hold its update.
+
+    Example:
+        >>> with moka.disabled(model):          # doctest: +SKIP
+        ...     reference = model(input_ids).logits
+    """
+    merged = sorted({name for layer in adapter_layers(model).values() for name in layer.merged_adapters})
+    if merged:
+        raise StateError(f"adapters {merged} are merged into the base weights; unmerge them first")
+    before = {wrapper: wrapper.disable_adapters for wrapper in _wrappers(model)}
+    try:
+        for wrapper in before:
+            wrapper.disable_adapters = True
+        yield model
+    finally:
+        for wrapper, state in before.items():
+            wrapper.disable_adapters = state
+
+
+def eject(model: nn.Module) -> nn.Module:
+    """Takes all adapters out: the original module objects return, and what was trainable before is so again.
+
+    A merged update stays in the weights: `moka.eject(moka.merge(model))` is a plain model with the update in it.
+
+    Raises:
+        StateError: the model holds no adapter.
+    """
+    if not getattr(model, "moka_config", {}):
+        raise StateError("the model holds no adapter; nothing to eject")
+    bases: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapter_layers(model).values()}
+    bases |= {copy: copy.original_module for copy in saved_modules(model).values()}
+    _replace(model, bases)
+    _restore_base(model)
+    del model.moka_config
+    return model
+
+
+def _wrappers(model: nn.Module) -> list[MokaLinear | TrainedCopy]:
+    return [module for module in model.modules() if isinstance(module, (MokaLinear, TrainedCopy))]
+
+
+def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Puts `new[module]` wherever `module` hangs in the model, but not inside the replacement itself."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in new and new[child] is not parent:
+                parent._modules[name] = new[child]
+
+
+def _prepare_base(model: nn.Module) -> None:
+    """Freezes the base and notes for `_restore_base` what was changed."""
+    state = BaseState()
+    model._moka_base = state  # pyright: ignore[reportAttributeAccessIssue]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            state.trainable.append(name)
+            parameter.requires_grad_(False)
+    # On a CPU with AVX512-BF16, a bitsandbytes layer called in eval mode without gradients rearranges its weight for
+    # good, and no gradient passes through it from then on, not even in training mode: any layer of the model, adapted or not.
+    for module in model.modules():
+        if is_linear4bit(module) and getattr(module, "support_avx512bf16_for_cpu", False):
+            state.repacking.append(module)
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(model, "_hf_peft_config_loaded"):
+        # transformers trains a quantized model only if it is told of an adapter, and then also lets the embeddings
+        # require gradients under gradient checkpointing, without which the checkpointed layers would get none
+        model._hf_peft_config_loaded = True  # pyright: ignore[reportAttributeAccessIssue]
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            model.enable_input_require_grads()  # pyright: ignore[reportCallIssue]
+
+
+def _restore_base(model: nn.Module) -> None:
+    state: BaseState = model._moka_base  # pyright: ignore[reportAssignmentType]
+    for name in state.trainable:
+        model.get_parameter(name).requires_grad_(True)
+    for module in state.repacking:
+        module.support_avx512bf16_for_cpu = True  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False  # pyright: ignore[reportAttributeAccessIssue]
+    del model._moka_base
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in WRAPPERS), None)
+        if kind is None and getattr(module, "_compiled_call_impl", None) is not None:
+            kind = "compiled"
+        if kind is not None:
+            raise StateError(
+                f"{path or 'the model'} is wrapped already ({kind}); call moka.inject first, then torch.compile, "
+                f"DistributedDataParallel or fully_shard"
+            )
+
+
+def _check_linear4bit(model: nn.Module) -> None:
+    """Every 4-bit layer of bitsandbytes passes gradients on, adapted or not, so each must be readable."""
+    for path, module in model.named_modules():
+        if is_linear4bit(module) and module.weight.device.type != "meta":  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                nf4.from_bitsandbytes(module)
+            except StateError as error:
+                raise StateError(f"{path}: {error}") from error
+
+
+def _optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """The live optimizers that hold a parameter of the model; only the garbage collector knows them."""
+    own = {id(parameter) for parameter in model.parameters()}
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    return [o for o in optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
+
+
+def _warn_about_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    missing = sum(1 for parameter in model.parameters() if parameter.requires_grad)
+    for optimizer in optimizers:
+        warnings.warn(
+            f"{type(optimizer).__name__} was built before moka.inject and does not know the {missing} adapter parameters; "
+            f"build it again, or nothing will be trained",
+            stacklevel=3,
+        )

@@ -1,0 +1,346 @@
+"""`MokaLinear`: a frozen linear layer with gated mixtures of Kronecker products; `NF4Linear`: a frozen 4-bit base.
+
+    y = W x + b + scale * sum_i gate_i (A_i kron B_i) x                             (MoKA, arXiv 2508.03527)
+
+Parameters are keyed by adapter name, as in peft's tuner layers, so that one layer can hold several adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, nf4, reference
+from .config import MokaConfig
+from .errors import ConfigError, StateError
+from .gates import gate_values, init_gate
+from .init import init_factors_
+from .nf4 import NF4Weight
+from .shapes import KronShape
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer whose weight is held in NF4, in bitsandbytes' layout; differentiable in its input.
+
+    Args:
+        weight: `[N, K]` from `moka.nf4.quantize`.
+        bias: `[N]` or None; frozen.
+
+    Example:
+        >>> layer = NF4Linear.from_linear(torch.nn.Linear(64, 32))
+        >>> layer(torch.randn(5, 64)).shape
+        torch.Size([5, 32])
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    absmax2: Tensor | None
+    code2: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.blocksize, self.blocksize2, self.weight_dtype = weight.blocksize, weight.blocksize2, weight.dtype
+        for name in ("packed", "absmax", "absmax2", "code2", "offset"):
+            self.register_buffer(name, getattr(weight, name))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = False) -> NF4Linear:
+        """Quantizes the weight of a dense layer."""
+        return cls(nf4.quantize(linear.weight, blocksize, double_quant), linear.bias)
+
+    def nf4_weight(self) -> NF4Weight:
+        """The weight as the operators take it; shares the buffers."""
+        shape = (self.out_features, self.in_features)
+        return NF4Weight(self.packed, self.absmax, shape, self.blocksize, self.absmax2, self.code2, self.offset,
+                         self.blocksize2, self.weight_dtype)  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., K]` -> `[..., N]` in x's dtype (the autocast dtype under autocast)."""
+        return functional.nf4_linear(x, self.nf4_weight(), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        # model.to(bfloat16) must not round the quantization constants: they move, and keep their dtype
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes and quantization."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocksize={self.blocksize}, double_quant={self.absmax2 is not None}"
+        )
+
+
+def is_linear4bit(module: nn.Module) -> bool:
+    """Whether a module is a bitsandbytes `Linear4bit`; bitsandbytes is not imported to find out."""
+    return any(
+        c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(module).__mro__
+    )
+
+
+def base_kind(module: nn.Module) -> str | None:
+    """ "linear", "bitsandbytes" or "nf4" for a layer that can be adapted, else None."""
+    if isinstance(module, NF4Linear):
+        return "nf4"
+    if is_linear4bit(module):
+        return "bitsandbytes"
+    # A subclass with a forward of its own computes something else. MultiheadAttention reads the weight of its
+    # out_proj (a NonDynamicallyQuantizableLinear) without calling it, so that an adapter there would do nothing.
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    if (
+        plain
+        and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+        and module.weight.is_floating_point()
+    ):
+        return "linear"
+    return None
+
+
+class MokaLinear(nn.Module):
+    """A frozen linear layer plus the mixtures of its active adapters, in one operation.
+
+    Args:
+        base_layer: the layer to adapt, kept as it is: `nn.Linear`, bitsandbytes `Linear4bit` or `NF4Linear`.
+
+    Attributes:
+        moka_A, moka_B: adapter name -> all factors `A_i` (`B_i`), row-major and concatenated; `factors` has views.
+        moka_gate: adapter name -> gate logits `[r]` fp32; no entry for gate="none".
+        shapes, configs, scaling: adapter name -> component shapes, configuration, scale.
+        active_adapters: the adapters that take part in `forward`, added up.
+        merged_adapters: those whose update is in the base weight already; they are left out of `forward`.
+        disable_adapters: `forward` calls the base layer alone.
+    """
+
+    adapter_layer_names = ("moka_A", "moka_B", "moka_gate")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features: int = base_layer.in_features  # pyright: ignore[reportAttributeAccessIssue]
+        self.out_features: int = base_layer.out_features  # pyright: ignore[reportAttributeAccessIssue]
+        self.moka_A, self.moka_B, self.moka_gate = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.shapes: dict[str, tuple[KronShape, ...]] = {}
+        self.configs: dict[str, MokaConfig] = {}
+        self.scaling: dict[str, float] = {}
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        self.train(base_layer.training)
+
+    def add_adapter(self, name: str, config: MokaConfig, shapes: Sequence[KronShape]) -> None:
+        """Adds an adapter on the base weight's device, initialized to a zero update; it is not active yet.
+
+        Raises:
+            StateError: the name is taken.
+        """
+        if name in self.moka_A:
+            raise StateError(f"adapter {name!r} exists already; choose another name or eject it first")
+        device, dtype = self.weight_device(), getattr(torch, config.adapter_dtype)
+        self.moka_A[name] = nn.Parameter(
+            torch.empty(sum(s.a_numel for s in shapes), dtype=dtype, device=device)
+        )
+        self.moka_B[name] = nn.Parameter(
+            torch.empty(sum(s.b_numel for s in shapes), dtype=dtype, device=device)
+        )
+        gate = init_gate(config.gate, len(shapes), device)
+        if gate is not None:
+            self.moka_gate[name] = nn.Parameter(gate)
+        self.shapes[name], self.configs[name] = tuple(shapes), config
+        self.scaling[name] = float(len(shapes)) if config.scale is None else config.scale
+        init_factors_(self.moka_A[name], self.moka_B[name], self.shapes[name], config.init)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter.
+
+        Raises:
+            StateError: it is merged.
+        """
+        if name in self.merged_adapters:
+            raise StateError(f"adapter {name!r} is merged into the base weight; unmerge it first")
+        for table in (self.moka_A, self.moka_B, self.moka_gate, self.shapes, self.configs, self.scaling):
+            if name in table:
+                del table[name]
+        self.active_adapters = [n for n in self.active_adapters if n != name]
+
+    def set_adapter(self, names: Sequence[str]) -> None:
+        """Makes exactly these adapters active and trainable; the layer may lack some of them.
+
+        Raises:
+            StateError: a merged adapter would be switched off.
+        """
+        active = [name for name in names if name in self.moka_A]
+        for name in self.merged_adapters:
+            if name not in active:
+                raise StateError(f"adapter {name!r} is merged into the base weight; unmerge it first")
+        self.active_adapters = active
+        for table in (self.moka_A, self.moka_B, self.moka_gate):
+            for name, parameter in table.items():
+                parameter.requires_grad_(name in active)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., K]` -> `[..., N]`, in the dtype the base layer would return."""
+        names = [name for name in self.active_adapters if name not in self.merged_adapters]
+        if self.disable_adapters or not names:
+            return self.base_layer(x)
+        inputs = x.to(self.compute_dtype(x))
+        if self.training and any(self.configs[name].dropout for name in names):
+            # the mixture then sees another input than the base: factored, one adapter at a time
+            y = self.base_layer(x)
+            for name in names:
+                dropped = nn.functional.dropout(inputs, self.configs[name].dropout)
+                y = y + functional.kron_mixture(dropped, *self._mixture([name])).to(y.dtype)
+            return y
+        bias = self.bias if self.bias is None else self.bias.to(inputs.dtype)
+        path = self.configs[names[0]].path
+        y = functional.moka_linear(inputs, self.base_weight(), bias, *self._mixture(names), path)
+        return y.to(x.dtype) if is_linear4bit(self.base_layer) else y
+
+    def _mixture(self, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, tuple[KronShape, ...]]:
+        """(A, B, alpha, shapes) of several adapters as one mixture."""
+        As, Bs, alphas = [], [], []
+        shapes: tuple[KronShape, ...] = ()
+        for name in names:
+            alpha = self.alpha(name)
+            if self.training and self.configs[name].gate_dropout:
+                alpha = nn.functional.dropout(alpha, self.configs[name].gate_dropout)
+            # the operators read fp32 factors beside any activations, and 64-bit ones for exact gradients
+            dtype = torch.promote_types(self.moka_A[name].dtype, torch.float32)
+            As.append(self.moka_A[name].to(dtype))
+            Bs.append(self.moka_B[name].to(dtype))
+            alphas.append(alpha)
+            shapes += self.shapes[name]
+        if len(names) == 1:
+            return As[0], Bs[0], alphas[0], shapes
+        return torch.cat(As), torch.cat(Bs), torch.cat(alphas), shapes
+
+    def alpha(self, name: str) -> Tensor:
+        """scale * gate, `[r]` fp32: what multiplies each component."""
+        logits = self.moka_gate.get(name, None)
+        r, device = len(self.shapes[name]), self.moka_A[name].device
+        return self.scaling[name] * gate_values(self.configs[name].gate, logits, r, device)
+
+    def factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """`(A_i [ma, na], B_i [mb, nb])` of each component, views of the parameters; identities made explicit."""
+        return reference.split_factors(self.moka_A[name], self.moka_B[name], self.shapes[name])
+
+    @torch.no_grad()
+    def delta_weight(self, name: str | None = None) -> Tensor:
+        """The dense update `[N, K]` in fp32 of one adapter, or of all active ones: for analysis, merging and tests."""
+        names = self.active_adapters if name is None else [name]
+        terms = [
+            reference.kron_dense(
+                self.moka_A[n].float(), self.moka_B[n].float(), self.alpha(n).float(), self.shapes[n]
+            )
+            for n in names
+        ]
+        return sum(terms, torch.zeros(self.out_features, self.in_features, device=self.weight_device()))
+
+    def base_weight(self) -> NF4Weight | Tensor:
+        """The frozen weight `[N, K]`, read anew at each call: moving a bitsandbytes layer replaces its tensors."""
+        if isinstance(self.base_layer, NF4Linear):
+            return self.base_layer.nf4_weight()
+        if is_linear4bit(self.base_layer):
+            return nf4.from_bitsandbytes(self.base_layer)
+        return self.base_layer.weight  # pyright: ignore[reportReturnType]
+
+    def weight_device(self) -> torch.device:
+        """Where the base weight is."""
+        base = self.base_layer
+        return base.packed.device if isinstance(base, NF4Linear) else base.weight.device  # pyright: ignore
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of the products: `Linear4bit`'s compute dtype if it was given one, else x's."""
+        base = self.base_layer
+        if is_linear4bit(base) and base.compute_dtype is not None:
+            return base.compute_dtype  # pyright: ignore[reportReturnType]
+        return x.dtype
+
+    # Model code reads the weight's dtype or device of its linear layers; peft's tuner layers answer in the same way.
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight as it is stored."""
+        return self.base_layer.weight  # pyright: ignore[reportReturnType]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # pyright: ignore[reportReturnType]
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer that was adapted."""
+        return self.base_layer
+
+    def extra_repr(self) -> str:
+        """Active adapters and their sizes."""
+        active = ", ".join(f"{n} (r={len(self.shapes[n])})" for n in self.active_adapters)
+        return f"active: {active or 'none'}"
+
+
+class TrainedCopy(nn.Module):
+    """A module trained in full beside its frozen original (`modules_to_save`); the names are those of peft's wrapper.
+
+    Attributes:
+        original_module: the frozen module, used when adapters are disabled.
+        modules_to_save: adapter name -> trained copy.
+        active_adapters: the first of them that has a copy here is the one in use.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.active_adapters: list[str] = []
+        self.disable_adapters = False
+        self.train(original.training)
+
+    def add_adapter(self, name: str) -> None:
+        """Copies the original; the copy is trainable once active."""
+        if name in self.modules_to_save:
+            raise StateError(f"adapter {name!r} exists already; choose another name or eject it first")
+        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(True)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter's copy."""
+        del self.modules_to_save[name]
+        self.active_adapters = [n for n in self.active_adapters if n != name]
+
+    def set_adapter(self, names: Sequence[str]) -> None:
+        """Uses the copy of the one named adapter that has one here.
+
+        Raises:
+            ConfigError: several of the adapters have a copy; they cannot be added up.
+        """
+        active = [name for name in names if name in self.modules_to_save]
+        if len(active) > 1:
+            raise ConfigError(
+                f"modules_to_save: adapters {active} each train this module; activate one of them"
+            )
+        self.active_adapters = active
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in active)
+
+    def current(self) -> nn.Module:
+        """The module in use."""
+        if self.disable_adapters or not self.active_adapters:
+            return self.original_module
+        return self.modules_to_save[self.active_adapters[0]]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in use, for model code that reads it."""
+        return self.current().weight  # pyright: ignore[reportReturnType]
+
+    def forward(self, *args, **kwargs):
+        """Calls the module in use."""
+        return self.current()(*args, **kwargs)

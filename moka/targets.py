@@ -1,0 +1,159 @@
+"""Which layers a configuration selects in a model, and with which component shapes; changes nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import MokaConfig, pattern_matches
+from .errors import InjectionError
+from .layers import MokaLinear, NF4Linear, TrainedCopy, base_kind, is_linear4bit
+from .shapes import KronShape, plan_shapes
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that a configuration selects.
+
+    Attributes:
+        path: where it is; `aliases` are the other paths that reach the same module.
+        module: the layer, or the `MokaLinear` that adapts it already.
+        shapes: of its components.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    shapes: tuple[KronShape, ...]
+
+
+def find_targets(model: nn.Module, config: MokaConfig) -> list[Target]:
+    """The layers to adapt, in the model's order; a shared layer is listed once.
+
+    Raises:
+        InjectionError: nothing matched, one of several patterns matched nothing (strict), or an unsupported layer.
+        ConfigError: shapes that do not fit a layer.
+    """
+    modules = dict(walk(model))
+    paths = _layers_subset(_excluded(list(modules), config), config)
+    if config.target_modules == "all-linear":
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        selected = [path for path in paths if _is_linear(modules[path]) and modules[path] is not output]
+        if not selected:
+            raise InjectionError(
+                f"target_modules='all-linear': {type(model).__name__} has no linear layer to adapt"
+            )
+    else:
+        selected = _select(paths, "target_modules", config.target_modules, config.strict)
+    targets: dict[nn.Module, Target] = {}
+    for path in selected:
+        module = modules[path]
+        if module in targets:
+            continue
+        base = module.base_layer if isinstance(module, MokaLinear) else module
+        if base_kind(base) is None:
+            raise InjectionError(
+                f"{path}: cannot adapt a {type(base).__module__}.{type(base).__name__}; expected nn.Linear, bitsandbytes "
+                f"Linear4bit or NF4Linear. Change target_modules, or name it in exclude_modules"
+            )
+        sizes = int(base.out_features), int(base.in_features)  # pyright: ignore[reportArgumentType]
+        shapes = plan_shapes(*sizes, config.r_for(path), config.shapes_for(path), config.strict, path)
+        aliases = tuple(p for p, m in modules.items() if m is module and p != path)
+        targets[module] = Target(path, aliases, module, shapes)
+    used = [target.path for target in targets.values()]
+    for name, keys in (("r_pattern", config.r_pattern), ("shapes", config.shapes)):
+        for key in keys if isinstance(keys, dict) else ():
+            if not any(pattern_matches(key, path) for path in used):
+                _unmatched(f"{name} key {key!r}", key, used, config.strict)
+    return list(targets.values())
+
+
+def find_modules_to_save(model: nn.Module, config: MokaConfig, targets: Sequence[Target]) -> list[nn.Module]:
+    """The modules that `config.modules_to_save` trains in full.
+
+    Raises:
+        InjectionError: a name matches nothing, or a module that is quantized or (in part) a target too.
+    """
+    modules = dict(walk(model))
+    found: dict[nn.Module, str] = {}
+    for path in _select(list(modules), "modules_to_save", config.modules_to_save, config.strict):
+        found.setdefault(modules[path], path)
+    for module, path in found.items():
+        inside = {id(m) for m in module.modules()}
+        clash = next((t.path for t in targets if id(t.module) in inside), None)
+        if clash is not None:
+            raise InjectionError(
+                f"modules_to_save: {path} contains {clash}, which target_modules adapts; choose one"
+            )
+        if any(isinstance(m, (MokaLinear, NF4Linear)) or is_linear4bit(m) for m in module.modules()):
+            raise InjectionError(
+                f"modules_to_save: {path} holds 4-bit or adapted weights, which cannot be trained in full"
+            )
+    return list(found)
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every path and module below `module`, shared ones under each path; adapted layers are not entered."""
+    for name, child in module._modules.items():
+        if child is not None:
+            yield prefix + name, child
+            if not isinstance(child, (MokaLinear, TrainedCopy)):
+                yield from walk(child, f"{prefix}{name}.")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (MokaLinear, NF4Linear, nn.Linear))
+
+
+def _matches(path: str, patterns: str | Sequence[str]) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, path) is not None
+    return any(path == name or path.endswith("." + name) for name in patterns)
+
+
+def _select(paths: Sequence[str], field: str, patterns: str | Sequence[str], strict: bool) -> list[str]:
+    """The paths that any pattern matches, in order; each pattern must match something."""
+    for pattern in [patterns] if isinstance(patterns, str) else [(name,) for name in patterns]:
+        if not any(_matches(path, pattern) for path in paths):
+            shown = pattern if isinstance(pattern, str) else pattern[0]
+            others = not isinstance(patterns, str) and any(_matches(path, patterns) for path in paths)
+            _unmatched(f"{field}: {shown!r}", shown, paths, strict or not others)
+    return [path for path in paths if _matches(path, patterns)]
+
+
+def _unmatched(what: str, pattern: str, paths: Sequence[str], strict: bool) -> None:
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths if not path.rsplit(".", 1)[-1].isdigit()})
+    pool = [*paths, *names] if "." in pattern else names
+    nearest = difflib.get_close_matches(pattern, pool, n=5, cutoff=0.0)
+    message = f"{what} matches no module; the nearest names are {nearest}"
+    if strict:
+        raise InjectionError(message)
+    warnings.warn(message, stacklevel=4)
+
+
+def _excluded(paths: list[str], config: MokaConfig) -> list[str]:
+    out = (
+        set(_select(paths, "exclude_modules", config.exclude_modules, config.strict))
+        if config.exclude_modules
+        else ()
+    )
+    return [path for path in paths if path not in out]
+
+
+def _layers_subset(paths: list[str], config: MokaConfig) -> list[str]:
+    """The paths whose first number is in `layers_to_transform`."""
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return paths
+    index = {path: int(m[1]) for path in paths if (m := re.search(r"(?:^|\.)(\d+)(?:\.|$)", path))}
+    missing = sorted(set(wanted) - set(index.values()))  # pyright: ignore[reportArgumentType]
+    if missing and (config.strict or len(missing) == len(set(wanted))):  # pyright: ignore[reportArgumentType]
+        raise InjectionError(
+            f"layers_to_transform: the model has no layer {missing}; its layers are numbered {sorted(set(index.values()))}"
+        )
+    return [path for path in paths if index.get(path) in wanted]  # pyright: ignore[reportOperatorIssue]
