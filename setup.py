@@ -70,6 +70,16 @@ def extension() -> dict:
     if os.environ.get("MOKA_WERROR") == "1":
         flags.append("-Werror")
     nvcc_flags = ["-O3", "-lineinfo", "-Xcompiler=-fopenmp", *gencode_flags(archs)]
+
+    class KeepObjects(BuildExtension):
+        """Compiles into build/ in every case: an editable install would throw the objects away."""
+
+        def finalize_options(self) -> None:
+            self.build_temp = self.build_temp or str(
+                ROOT / "build" / f"objects-{sys.implementation.cache_tag}"
+            )
+            super().finalize_options()
+
     kind = CUDAExtension if archs else CppExtension
     module = kind(
         "moka._C",
@@ -78,7 +88,7 @@ def extension() -> dict:
         extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
         define_macros=[("MOKA_WITH_CUDA", "1")] if archs else [],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": KeepObjects}}
 
 
 # A source archive and the metadata need no compiler and no torch.

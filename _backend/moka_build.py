@@ -10,12 +10,9 @@ import json
 import subprocess
 import sys
 
+import setuptools
 from setuptools import build_meta
-from setuptools.build_meta import (
-    build_sdist,
-    prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
-)
+from setuptools.build_meta import build_sdist
 
 __all__ = [
     "build_editable",
@@ -33,11 +30,16 @@ NO_TORCH = (
     "install torch first, then moka again "
     "(add --no-build-isolation if torch is there but your installer hides it)."
 )
+OLD_SETUPTOOLS = (
+    "moka builds with setuptools 77 or newer, got {version}: upgrade it, or leave out --no-build-isolation"
+)
 PRINT_PATH = "import json, sys; print(json.dumps([p for p in sys.path if p.endswith('-packages')]))"
 
 
 def require_torch() -> None:
     """Makes the target environment's torch importable, or stops the build with one sentence."""
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        raise SystemExit(OLD_SETUPTOOLS.format(version=setuptools.__version__))
     if importlib.util.find_spec("torch") is None:
         # -I: ignore PYTHONPATH, through which pip replaced the path.
         command = [sys.executable, "-I", "-c", PRINT_PATH]
@@ -57,6 +59,11 @@ def get_requires_for_build_wheel(config_settings=None):
     return []
 
 
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    require_torch()
+    return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     require_torch()
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
@@ -68,3 +75,4 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel
+prepare_metadata_for_build_editable = prepare_metadata_for_build_wheel

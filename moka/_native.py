@@ -16,7 +16,7 @@ import torch
 
 from .errors import NativeError
 
-REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
+REBUILD = "pip install --no-deps --force-reinstall ."
 
 
 def extension_path() -> Path | None:
