@@ -109,6 +109,20 @@ def moka_linear(
     return _apply(x, (weight,), bias, (A, B, alpha, shapes), path)
 
 
+def kron_add(weight: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Shapes) -> Tensor:
+    """`W + sum_i alpha_i (A_i kron B_i)`: the dense merged weight; a constant, without gradients.
+
+    Args:
+        weight: `[N, K]`, left as it is.
+        A, B, alpha, shapes: as for `kron_mixture`.
+
+    Returns:
+        `[N, K]` in weight's dtype, summed in fp32 (fp64 for an fp64 weight) and rounded once.
+    """
+    require_native()
+    return torch.ops.moka.kron_add(weight.detach(), A, B, alpha, flatten_shapes(shapes))
+
+
 def _apply(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple | None, path: str) -> Tensor:
     require_native()
     device = x.device.type

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,19 @@ from .gates import gate_values, init_gate
 from .init import init_factors_
 from .nf4 import NF4Weight
 from .shapes import KronShape
+
+
+@dataclass(frozen=True)
+class MergedBase:
+    """What is left of a layer's base when an adapter is merged into it.
+
+    Attributes:
+        original: the base layer before the merge, whole: a merged layer holds both weights.
+        error: |applied - delta| / |delta| in the Frobenius norm, what rounding took from the update.
+    """
+
+    original: nn.Module
+    error: float
 
 
 class NF4Linear(nn.Module):
@@ -119,6 +133,7 @@ class MokaLinear(nn.Module):
         shapes, configs, scaling: adapter name -> component shapes, configuration, scale.
         active_adapters: the adapters that take part in `forward`, added up.
         merged_adapters: those whose update is in the base weight already; they are left out of `forward`.
+        merged_base: what `moka.unmerge` puts back; None unless merged.
         disable_adapters: `forward` calls the base layer alone.
     """
 
@@ -135,6 +150,7 @@ class MokaLinear(nn.Module):
         self.scaling: dict[str, float] = {}
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
+        self.merged_base: MergedBase | None = None
         self.disable_adapters = False
         self.train(base_layer.training)
 
@@ -192,27 +208,36 @@ class MokaLinear(nn.Module):
         """x `[..., K]` -> `[..., N]`, in the dtype the base layer would return."""
         names = [name for name in self.active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not names:
-            return self.base_layer(x)
+            return self._base_forward(x)
         inputs = x.to(self.compute_dtype(x))
         if self.training and any(self.configs[name].dropout for name in names):
             # the mixture then sees another input than the base: factored, one adapter at a time
             y = self.base_layer(x)
             for name in names:
                 dropped = nn.functional.dropout(inputs, self.configs[name].dropout)
-                y = y + functional.kron_mixture(dropped, *self._mixture([name])).to(y.dtype)
+                y = y + functional.kron_mixture(dropped, *self.mixture([name], gate_dropout=True)).to(y.dtype)
             return y
         bias = self.bias if self.bias is None else self.bias.to(inputs.dtype)
         path = self.configs[names[0]].path
-        y = functional.moka_linear(inputs, self.base_weight(), bias, *self._mixture(names), path)
+        mixture = self.mixture(names, gate_dropout=self.training)
+        y = functional.moka_linear(inputs, self.base_weight(), bias, *mixture, path)
         return y.to(x.dtype) if is_linear4bit(self.base_layer) else y
 
-    def _mixture(self, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, tuple[KronShape, ...]]:
-        """(A, B, alpha, shapes) of several adapters as one mixture."""
+    def _base_forward(self, x: Tensor) -> Tensor:
+        weight = getattr(self.base_layer, "weight", x)
+        if self.merged_base is None or weight.dtype == x.dtype:
+            return self.base_layer(x)
+        return self.base_layer(x.to(weight.dtype)).to(x.dtype)  # merged into another dtype
+
+    def mixture(
+        self, names: Sequence[str], gate_dropout: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[KronShape, ...]]:
+        """(A, B, alpha, shapes) of several adapters as one mixture, as the operators take it."""
         As, Bs, alphas = [], [], []
         shapes: tuple[KronShape, ...] = ()
         for name in names:
             alpha = self.alpha(name)
-            if self.training and self.configs[name].gate_dropout:
+            if gate_dropout and self.configs[name].gate_dropout:
                 alpha = nn.functional.dropout(alpha, self.configs[name].gate_dropout)
             # the operators read fp32 factors beside any activations, and 64-bit ones for exact gradients
             dtype = torch.promote_types(self.moka_A[name].dtype, torch.float32)
@@ -238,13 +263,11 @@ class MokaLinear(nn.Module):
     def delta_weight(self, name: str | None = None) -> Tensor:
         """The dense update `[N, K]` in fp32 of one adapter, or of all active ones: for analysis, merging and tests."""
         names = self.active_adapters if name is None else [name]
-        terms = [
-            reference.kron_dense(
-                self.moka_A[n].float(), self.moka_B[n].float(), self.alpha(n).float(), self.shapes[n]
-            )
-            for n in names
-        ]
-        return sum(terms, torch.zeros(self.out_features, self.in_features, device=self.weight_device()))
+        zero = torch.zeros(self.out_features, self.in_features, device=self.weight_device())
+        if not names:
+            return zero
+        A, B, alpha, shapes = self.mixture(names)
+        return functional.kron_add(zero.to(A.dtype), A, B, alpha, shapes).float()
 
     def base_weight(self) -> NF4Weight | Tensor:
         """The frozen weight `[N, K]`, read anew at each call: moving a bitsandbytes layer replaces its tensors."""
