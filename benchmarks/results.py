@@ -15,6 +15,7 @@ import csv
 import datetime
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -189,11 +190,14 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """Short commit of the checkout, `+` when tracked files differ from it; `unknown` outside a checkout."""
+    """Short commit of the checkout, `+` when the sources differ from it; `unknown` outside a checkout."""
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if head.returncode:
         return "unknown"
-    return head.stdout.strip() + (
-        "+" if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "..", ":!."]).returncode else ""
-    )
+    differs = subprocess.run(
+        [*git, "diff", "--quiet", "HEAD", "--", "../csrc", "../moka", "../setup.py"]
+    ).returncode
+    return head.stdout.strip() + ("+" if differs else "")
