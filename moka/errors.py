@@ -21,6 +21,10 @@ class DataError(MokaError, ValueError):
     """A data file does not parse or holds nothing to train on; names the file and the line."""
 
 
+class DownloadError(MokaError, OSError):
+    """The embedded model or data could not be obtained, or are not the expected files."""
+
+
 class CheckpointFormatError(MokaError, ValueError):
     """An adapter file is malformed, truncated or corrupt."""
 

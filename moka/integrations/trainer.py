@@ -1,0 +1,280 @@
+"""`MokaTrainer`: transformers' Trainer for an adapted model.
+
+What it adds: checkpoints hold the adapter alone; an interrupted run resumes bit for bit (optimizer, scheduler, random
+state, order of the data); a NaN stops the run before it reaches the optimizer; SIGTERM saves at the end of the step;
+the output layer, the largest of a small model, runs on the answer tokens alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import load_adapter, save_adapter
+from ..data import IGNORED
+from ..errors import CheckpointFormatError, NonFiniteError, StateError
+from ..safefile import write_atomic
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError("moka.integrations.trainer needs transformers; install moka[hf]") from error
+
+MANIFEST = "complete.json"  # written last: the names and sizes of a checkpoint's files
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class MokaTrainer(Trainer):
+    """Trains the adapter of a model from `moka.inject`; takes the arguments of `transformers.Trainer`.
+
+    The loss is the mean cross-entropy over the labels that are not -100, over all accumulated batches; a model's own
+    additions to the loss (the balance term of a mixture of experts) are left out.
+
+    Attributes:
+        interrupted: whether SIGTERM ended `train`; a checkpoint of the last step was saved before it returned.
+
+    Example:
+        >>> trainer = MokaTrainer(model, args, train_dataset=dataset, data_collator=collator)    # doctest: +SKIP
+        >>> trainer.train(resume_from_checkpoint=True)                                           # doctest: +SKIP
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.interrupted = False
+        # num_items_in_batch is used by compute_loss below, whatever the model's own forward accepts
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        forward = inspect.signature(self.accelerator.unwrap_model(self.model).forward)
+        self._selects_logits = "logits_to_keep" in forward.parameters
+        self.add_callback(_StopAfterStep(self))
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy of the answer tokens.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite; names the step and the first module that gave such a value.
+        """
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        positions = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]  # outputs that predict an answer in some row
+        inputs.setdefault("use_cache", False)
+        if self._selects_logits:
+            logits = model(**inputs, logits_to_keep=positions).logits
+        else:
+            logits = model(**inputs).logits[:, positions]
+        targets = labels[:, positions + 1]
+        count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        total = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        loss = total / max(float(count), 1.0)  # a batch without an answer gives 0, not 0/0
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        if self.is_in_train and not loss.isfinite():
+            module = first_nonfinite_module(self.model, inputs)
+            raise NonFiniteError(self._nonfinite(f"the loss is {loss.item()}; first module with a NaN or Inf: {module}"))
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            NonFiniteError: a gradient is NaN or infinite. (With fp16 loss scaling such steps are normal and skipped.)
+        """
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.scaler is None:
+            named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+            if named and not math.isfinite(sum(torch._foreach_norm([grad for _, grad in named])).item()):  # pyright: ignore
+                # the backward pass runs from the last module to the first
+                bad = next((name for name, grad in reversed(named) if not grad.isfinite().all()), None)
+                if bad is not None:
+                    raise NonFiniteError(
+                        self._nonfinite(f"a gradient is not finite; first module of the backward pass: {bad}")
+                    )
+        return loss
+
+    def _nonfinite(self, what: str) -> str:
+        return (
+            f"step {self.state.global_step + 1}: {what}. Adapter and optimizer are as after step "
+            f"{self.state.global_step}; lower the learning rate, or look for bad values in the data or the base model"
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        return GroupedByLength(dataset.lengths(), self.args.train_batch_size, self.args.seed)  # pyright: ignore
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As `Trainer.train`; SIGTERM finishes the step, saves a checkpoint and returns.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one in `output_dir`; newer
+                incomplete ones are named in a warning.
+
+        Raises:
+            StateError: True, but there is no complete checkpoint.
+            CheckpointFormatError: the named checkpoint is incomplete.
+            CheckpointMismatchError: the checkpoint's adapter is not the one in the model.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise StateError(f"{self.args.output_dir}: holds no complete checkpoint to resume from")
+        elif resume_from_checkpoint and (problem := checkpoint_problem(Path(resume_from_checkpoint))):
+            raise CheckpointFormatError(f"{resume_from_checkpoint}: {problem}; resume from an earlier checkpoint")
+        with self._sigterm_stops():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_adapter(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / MANIFEST).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+            write_atomic(folder / MANIFEST, json.dumps(sizes, indent=2).encode())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+
+    @contextlib.contextmanager
+    def _sigterm_stops(self) -> Iterator[None]:
+        """Sets `interrupted` on SIGTERM, then calls the handler that was there; only the main thread can do this."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.getsignal(signal.SIGTERM)
+
+        def handler(number: int, frame: Any) -> None:
+            self.interrupted = True
+            if callable(previous):
+                previous(number, frame)
+
+        signal.signal(signal.SIGTERM, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+class _StopAfterStep(TrainerCallback):
+    """Saves and stops at the end of the step in which the trainer was interrupted."""
+
+    def __init__(self, trainer: MokaTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.interrupted:
+            control.should_save = control.should_training_stop = True
+
+
+class GroupedByLength(torch.utils.data.Sampler):
+    """Random order in which a batch holds rows of similar length, so that little is padded.
+
+    The order is a function of seed and epoch alone: a resumed run sees the rows that the first would have seen.
+
+    Args:
+        lengths: tokens per row.
+        batch_size: rows per batch.
+        window: batches that are sorted together; larger means less padding and less randomness.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = 16):
+        self.lengths, self.batch_size, self.seed, self.window, self.epoch = lengths, batch_size, seed, window, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        step = self.batch_size * self.window
+        windows = [sorted(order[i : i + step], key=self.lengths.__getitem__) for i in range(0, len(order), step)]
+        rows = [row for window in windows for row in window]
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a short batch must stay at the end
+        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return iter([row for batch in shuffled + last for row in batch])
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest complete checkpoint of a run, or None; a warning names each newer one that is incomplete."""
+    found = [(int(m[1]), path) for path in Path(output_dir).glob("*") if (m := _CHECKPOINT.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        problem = checkpoint_problem(path)
+        if problem is None:
+            return str(path)
+        warnings.warn(f"{path}: {problem}; trying the checkpoint before it", stacklevel=2)
+    return None
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from; None when all its files are there in full."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        return f"incomplete: it has no readable {MANIFEST}, which is written last"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"incomplete: {name} is missing or is not {size} bytes long"
+    return None
+
+
+def first_nonfinite_module(model: nn.Module, inputs: dict[str, Any]) -> str:
+    """Path and class of the first module whose output is NaN or infinite, found by one more forward pass."""
+    found: list[str] = []
+
+    def hook(path: str) -> Any:
+        def check(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and not all(t.isfinite().all() for t in _tensors(output) if t.is_floating_point()):
+                found.append(f"{path or 'the model'} ({type(module).__name__})")
+
+        return check
+
+    handles = [module.register_forward_hook(hook(path)) for path, module in model.named_modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "none on a second pass; the loss itself overflowed"
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
