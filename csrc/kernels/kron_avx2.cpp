@@ -1,0 +1,12 @@
+#include "kron_kernels.h"
+#define MOKA_SIMD_AVX2
+#include "kron_gemm_impl.h"
+#include "kron_impl.h"
+#include "simd_vec.h"
+
+namespace moka {
+namespace MOKA_SIMD {
+KronKernels<float> kron_kernels() { return kron_table<float>(); }
+}  // namespace MOKA_SIMD
+}  // namespace moka
+#include "simd_end.h"
