@@ -75,9 +75,8 @@ def extension() -> dict:
         """Compiles into build/ in every case: an editable install would throw the objects away."""
 
         def finalize_options(self) -> None:
-            self.build_temp = self.build_temp or str(
-                ROOT / "build" / f"objects-{sys.implementation.cache_tag}"
-            )
+            objects = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"
+            self.build_temp = self.build_temp or str(objects)
             super().finalize_options()
 
     kind = CUDAExtension if archs else CppExtension

@@ -1,12 +1,16 @@
 """The build's decisions, what a broken extension says, and `moka.info`."""
 
+import importlib.metadata
 import shutil
 import subprocess
 import sys
+import venv
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import moka
 from moka import _native, ops
@@ -159,10 +163,14 @@ def test_building_without_torch_stops_with_one_sentence():
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
-def test_source_archive_holds_what_the_build_needs(tmp_path):
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the source as it is in a fresh clone."""
     unwanted = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__")
-    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=unwanted)
+    return shutil.copytree(ROOT, tmp_path / "tree", ignore=unwanted)
+
+
+def test_source_archive_holds_what_the_build_needs(tree, tmp_path):
     script = "import sys; sys.path.insert(0, '_backend'); import moka_build; moka_build.build_sdist('..')"
     subprocess.run([sys.executable, "-c", script], cwd=tree, check=True, capture_output=True)
     shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), tmp_path / "unpacked")
@@ -170,3 +178,52 @@ def test_source_archive_holds_what_the_build_needs(tmp_path):
     for folder in ("csrc", "_backend", "moka"):
         expected = {path.relative_to(tree) for path in (tree / folder).rglob("*")}
         assert expected == {path.relative_to(unpacked) for path in (unpacked / folder).rglob("*")}
+
+
+def torch_and_its_requirements() -> set[str]:
+    """Names of the distributions that an environment with nothing but torch holds."""
+    found, wanted = set(), ["torch"]
+    while wanted:
+        name = wanted.pop()
+        if name not in found:
+            found.add(name)
+            requirements = map(Requirement, importlib.metadata.requires(name) or [])
+            wanted += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def link_distribution(name: str, site_packages: Path) -> None:
+    """Makes one installed distribution part of another environment, by links."""
+    files = importlib.metadata.distribution(name).files or []
+    for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
+        target = site_packages / top
+        if not target.exists():
+            target.symlink_to(files[0].locate().parents[len(files[0].parts) - 1] / top)
+
+
+def test_torch_requirement_keeps_the_torch_that_is_there():
+    requirements = map(Requirement, importlib.metadata.requires("moka") or [])
+    (wanted,) = [requirement for requirement in requirements if requirement.name == "torch"]
+    assert wanted.specifier.contains(torch.__version__)
+
+
+@pytest.mark.slow
+def test_pip_install_into_an_environment_with_only_torch(tree, tmp_path):
+    """Under pip's build isolation: compiled against that torch, which stays; the operators work."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    run = partial(subprocess.run, check=True, capture_output=True, text=True, cwd=tmp_path)
+    site_packages = Path(run([python, "-c", "import site; print(site.getsitepackages()[0])"]).stdout.strip())
+    for name in torch_and_its_requirements():
+        link_distribution(name, site_packages)
+    run([python, "-m", "pip", "install", "--no-deps", str(tree)])
+    script = (
+        "import torch, moka\n"
+        "moka.nf4.quantize(torch.ones(8, 64))\n"
+        "print(moka.__file__, torch.__file__, torch.__version__, moka.info().built['torch'], sep='\\n')"
+    )
+    moka_file, torch_file, *versions = run([python, "-c", script]).stdout.splitlines()
+    assert Path(moka_file).is_relative_to(site_packages)
+    assert Path(torch_file).is_relative_to(site_packages)
+    assert (site_packages / "torch").is_symlink(), "torch was replaced"
+    assert versions == [torch.__version__] * 2
