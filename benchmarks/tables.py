@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md from the CSVs of benchmarks/results, between markers.
+"""Writes the tables of README.md, measured ones from the CSVs of benchmarks/results, between markers.
 
     python benchmarks/tables.py            rewrite README.md
     python benchmarks/tables.py --check    exit 1 and name the tables when README.md differs from the CSVs
@@ -14,6 +14,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from moka.shapes import KronShape, plan_shapes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -91,6 +93,28 @@ def demo_table() -> str:
     return markdown(header, ([row[field] for field in fields] for row in read("demo.csv")))
 
 
+def parameters_table() -> str:
+    """Trained parameters on the q and v projections, gates included; planned, not measured."""
+    models = {  # layers, shapes [N, K] of q and v
+        "LLaMA2-7B": (32, ((4096, 4096), (4096, 4096))),
+        "LLaMA3-8B": (32, ((4096, 4096), (1024, 4096))),
+        "SmolLM2-135M": (30, ((576, 576), (192, 576))),
+    }
+
+    def count(shapes: Iterable[KronShape]) -> int:
+        return sum(shape.a_numel + shape.b_numel + 1 for shape in shapes)
+
+    lines = []
+    for name, (layers, sizes) in models.items():
+        balanced, identity = (
+            layers * sum(count(plan_shapes(N, K, r=10, kind=kind)) for N, K in sizes)
+            for kind in ("balanced", "identity")
+        )
+        lora = layers * sum(16 * (N + K) for N, K in sizes)
+        lines.append([name, *(f"{value:,}".replace(",", " ") for value in (balanced, identity, lora))])
+    return markdown(["q and v projections", "MoKA, r = 10", "MoKA_s, r = 10", "LoRA, r = 16"], lines)
+
+
 def number(text: str) -> str:
     """Three significant digits, without an exponent."""
     value = float(text)
@@ -128,6 +152,7 @@ TABLES: dict[str, Callable[[], str]] = {
         },
     ),
     "ops": ops_table,
+    "parameters": parameters_table,
     "train": train_table,
 }
 
