@@ -1,8 +1,10 @@
 #include "kron_kernels.h"
 #define MOKA_SIMD_AVX512
+// clang-format off: the order matters, see simd.h
+#include "simd_vec.h"
 #include "kron_gemm_impl.h"
 #include "kron_impl.h"
-#include "simd_vec.h"
+// clang-format on
 
 namespace moka {
 namespace MOKA_SIMD {

@@ -1,7 +1,9 @@
+#include "kron_kernels.h"
+// clang-format off: the order matters, see simd.h
+#include "simd_vec.h"
 #include "kron_gemm_impl.h"
 #include "kron_impl.h"
-#include "kron_kernels.h"
-#include "simd_vec.h"
+// clang-format on
 
 namespace moka {
 namespace MOKA_SIMD {
