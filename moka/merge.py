@@ -1,0 +1,174 @@
+"""Merging: the update is added to the base weight, so that inference costs nothing extra.
+
+    W' = W + scale * sum_i gate_i (A_i kron B_i)        summed in fp32, rounded once to the dtype of W'
+
+`W` is what the adapter was trained on: for a 4-bit base the dequantized weight, never the original 16-bit
+one. Rounding back into 4 bits, to one of 16 values per entry, erases small updates: `merge` measures that.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, nf4
+from .errors import ConfigError, MergeError, NonFiniteError, StateError
+from .inject import active_adapters, adapter_layers
+from .layers import MergedBase, MokaLinear, NF4Linear
+from .nf4 import NF4Weight
+
+#: The largest relative error of the applied update, |applied - delta| / |delta|, that is accepted in silence.
+MAX_ERROR = 0.25
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    into: torch.dtype | None = None,
+    adapter_name: str | Sequence[str] | None = None,
+    force: bool = False,
+) -> nn.Module:
+    """Adds the update of adapters to the base weights; `forward` then runs the base layers alone.
+
+    All layers are merged or, on any error, none. `unmerge` puts the original layers back; until then each
+    layer holds both weights. `moka.eject` drops the originals: a plain model with the update in it is left.
+
+    Args:
+        model: with adapters from `moka.inject`.
+        into: `torch.float32`, `bfloat16` or `float16`: each merged layer becomes an `nn.Linear` of it. None
+            keeps the dtype of a dense layer, and a 4-bit layer in 4 bits.
+        adapter_name: one or several; None for the active ones.
+        force: merge into 4 bits even where more than `MAX_ERROR` of the update is lost; `merge_errors` has
+            the figures.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: a layer is merged already, or no layer has such an adapter.
+        NonFiniteError: an update holds NaN or infinity.
+        MergeError: a 4-bit weight would lose more than `MAX_ERROR` of its update.
+
+    Example:
+        >>> model = moka.eject(moka.merge(model, into=torch.bfloat16))          # doctest: +SKIP
+    """
+    if into is not None and into not in DTYPES:
+        raise ConfigError(
+            f"into: got {into!r}, expected one of {DTYPES}, or None to keep the kind of each layer"
+        )
+    names = _adapter_names(model, adapter_name)
+    merged: dict[MokaLinear, tuple[nn.Module, MergedBase, list[str]]] = {}
+    for path, layer in adapter_layers(model).items():
+        if layer.merged_adapters:
+            raise StateError(f"{path}: {layer.merged_adapters} are merged already; call moka.unmerge first")
+        if present := [name for name in names if name in layer.moka_A]:
+            new, error = _merged_layer(path, layer, present, into)
+            if error > MAX_ERROR:
+                _report_loss(path, new, error, force)
+            merged[layer] = new, MergedBase(layer.base_layer, error), present
+    try:
+        for layer, (new, base, present) in merged.items():
+            layer.merged_base, layer.merged_adapters, layer.base_layer = base, present, new
+    except BaseException:  # an interrupt leaves nothing half merged
+        _restore(merged)
+        raise
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Takes merged updates out: the original base layers return, bit for bit.
+
+    Raises:
+        StateError: nothing is merged.
+    """
+    merged = [layer for layer in adapter_layers(model).values() if layer.merged_base is not None]
+    if not merged:
+        raise StateError("no adapter is merged; call moka.merge first")
+    _restore(merged)
+    return model
+
+
+def merge_errors(model: nn.Module) -> dict[str, float]:
+    """Path -> |applied - delta| / |delta| of each merged layer: the part of its update that rounding took."""
+    layers = adapter_layers(model).items()
+    return {path: layer.merged_base.error for path, layer in layers if layer.merged_base is not None}
+
+
+def _adapter_names(model: nn.Module, wanted: str | Sequence[str] | None) -> list[str]:
+    """The adapters to merge, sorted so that the sum does not depend on their order."""
+    known = list(getattr(model, "moka_config", {}))
+    names = (
+        active_adapters(model) if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
+    )
+    if not names:
+        raise StateError(
+            f"no adapter to merge: none is active, the model has {known}; call moka.inject first"
+        )
+    for name in names:
+        if name not in known:
+            raise StateError(f"adapter {name!r} does not exist; the model has {known}")
+    return sorted(set(names))
+
+
+def _merged_layer(
+    path: str, layer: MokaLinear, names: Sequence[str], into: torch.dtype | None
+) -> tuple[nn.Module, float]:
+    """A new base layer with the update in it, and the relative error of the update it holds."""
+    mixture = layer.mixture(names)
+    for name, tensor in zip(("moka_A", "moka_B", "gate"), mixture[:3], strict=True):
+        if not tensor.isfinite().all():
+            raise NonFiniteError(f"{path}: {name} of adapter {names} holds NaN or infinity; train it again")
+    base, bias = layer.base_weight(), layer.bias
+    if isinstance(base, NF4Weight):
+        before = base.dequantize(torch.float32)
+        after = base.dequantize(into or torch.float32, mixture)
+    else:
+        before, dtype = base, into or base.dtype
+        after = functional.kron_add(base.to(torch.promote_types(base.dtype, dtype)), *mixture).to(dtype)
+    if not isinstance(base, NF4Weight) or into is not None:
+        new = _dense(after, bias)
+    elif torch.equal(after, before):  # an update of zero: 4 bits again would not give the same bits
+        new = layer.base_layer
+    else:
+        packed = replace(nf4.quantize(after, base.blocksize, base.double_quant), dtype=base.dtype)
+        new, after = NF4Linear(packed, bias), packed.dequantize(torch.float32)
+    delta = functional.kron_add(torch.zeros_like(before, dtype=torch.float32), *mixture)
+    loss = (after.float() - before.float()).sub_(delta).norm() / delta.norm()
+    return new, loss.item() if delta.any() else 0.0
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return linear
+
+
+def _report_loss(path: str, new: nn.Module, error: float, force: bool) -> None:
+    four_bit = isinstance(new, NF4Linear)
+    kind = "4 bits" if four_bit else str(new.weight.dtype)
+    advice = "torch.bfloat16 or torch.float32" if four_bit else "torch.float32"
+    message = (
+        f"{path}: rounding to {kind} changes the update by {error:.0%} of its norm, expected at most "
+        f"{MAX_ERROR:.0%}; merge with into={advice}, or keep the adapter apart"
+    )
+    if four_bit and not force:
+        raise MergeError(f"{message}. force=True merges all the same")
+    warnings.warn(message, stacklevel=3)
+
+
+def _restore(layers: Iterable[MokaLinear]) -> None:
+    for layer in layers:
+        if layer.merged_base is not None:
+            original, device = layer.merged_base.original, layer.weight_device()
+            # the model may have moved since; a Linear4bit must not be "moved" to where it is, that copies it
+            if next(chain(original.parameters(), original.buffers())).device != device:
+                original.to(device)
+            layer.base_layer, layer.merged_adapters, layer.merged_base = original, [], None
