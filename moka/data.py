@@ -8,8 +8,8 @@ One JSON object per line, `.jsonl` or `.jsonl.gz`, UTF-8. Which fields a row has
     instruction, options, gold      the same, with the question taken out of an LLM-Adapters instruction
     instruction, [input], output    the LLM-Adapters template (arXiv 2304.01933)
 
-A row of more than `max_length` tokens loses tokens from the front of its prompt (a BOS token stays); when the answer
-alone is too long, it loses its end.
+A row of more than `max_length` tokens loses tokens from the front of its prompt (a BOS token stays); when the
+answer alone is too long, it loses its end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ IGNORED = -100  # the label that the loss skips
 FORMATS = "prompt/completion, messages, question/options/gold or instruction/output"
 
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 ALPACA_INPUT = (
@@ -64,7 +65,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Choice:
-    """A multiple-choice question: the text before the answer, the answers that may follow it, the right one."""
+    """A multiple-choice question: the text before the answer, the possible answers, the right one."""
 
     prompt: str
     options: tuple[str, ...]
@@ -76,7 +77,8 @@ def read_jsonl(path: str | Path) -> list[Row]:
     """The objects of a JSON Lines file, gzipped or not; blank lines are passed over.
 
     Raises:
-        DataError: a line is not a JSON object (named by file and line number), the file cannot be read, or it is empty.
+        DataError: a line is not a JSON object (named by file and line number), the file cannot be read, or it
+            is empty.
     """
     path = Path(path)
     rows = []
@@ -86,7 +88,9 @@ def read_jsonl(path: str | Path) -> list[Row]:
                 if line.strip():
                     rows.append(Row(_parse(line, f"{path}:{number}"), f"{path}:{number}"))
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 JSON Lines, .jsonl or .jsonl.gz") from error
+        raise DataError(
+            f"{path}: cannot be read ({error}); expected UTF-8 JSON Lines, .jsonl or .jsonl.gz"
+        ) from error
     if not rows:
         raise DataError(f"{path}: holds no rows; expected one JSON object per line ({FORMATS})")
     return rows
@@ -101,7 +105,9 @@ def _parse(line: str, place: str) -> dict[str, Any]:
     try:
         data = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}; fix or remove the line") from None
+        raise DataError(
+            f"{place}: not JSON: {error.msg} at column {error.colno}; fix or remove the line"
+        ) from None
     if not isinstance(data, dict):
         raise DataError(f"{place}: got a JSON {type(data).__name__}, expected an object with {FORMATS}")
     return data
@@ -113,16 +119,22 @@ def is_choice(row: Row) -> bool:
 
 
 def to_choice(row: Row) -> Choice:
-    """The multiple-choice question of a row with `options`, `gold`, and `question` or an LLM-Adapters `instruction`.
+    """The question of a row with `options`, `gold`, and `question` or an LLM-Adapters `instruction`.
 
     Raises:
         DataError: a field is missing or of the wrong type, or `gold` points to no option.
     """
     options, gold = row.data.get("options"), row.data.get("gold")
-    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
+    if (
+        not isinstance(options, list)
+        or len(options) < 2
+        or not all(isinstance(o, str) and o for o in options)
+    ):
         raise DataError(f"{row.place}: options: got {options!r}, expected at least two non-empty strings")
     if type(gold) is not int or not 0 <= gold < len(options):
-        raise DataError(f"{row.place}: gold: got {gold!r}, expected the index of an option, 0 to {len(options) - 1}")
+        raise DataError(
+            f"{row.place}: gold: got {gold!r}, expected the index of an option, 0 to {len(options) - 1}"
+        )
     if "question" in row.data:
         question = _string(row, "question")
     else:
@@ -147,7 +159,9 @@ def to_text(row: Row, tokenizer: Any) -> Text:
         template = ALPACA_INPUT if row.data.get("input") else ALPACA
         prompt = template.format(instruction=_string(row, "instruction"), input=row.data.get("input"))
         return _joined(prompt, _string(row, "output"))
-    raise DataError(f"{row.place}: got the fields {', '.join(map(repr, row.data)) or 'none'}, expected {FORMATS}")
+    raise DataError(
+        f"{row.place}: got the fields {', '.join(map(repr, row.data)) or 'none'}, expected {FORMATS}"
+    )
 
 
 def _joined(prompt: str, completion: str) -> Text:
@@ -166,13 +180,20 @@ def _string(row: Row, name: str, empty: bool = False) -> str:
 def _chat(row: Row, tokenizer: Any) -> Text:
     messages = row.data["messages"]
     if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
     ):
-        raise DataError(f"{row.place}: messages: expected a list of objects with a string role and a string content")
+        raise DataError(
+            f"{row.place}: messages: expected a list of objects with a string role and a string content"
+        )
     if not any(m["role"] == "assistant" for m in messages):
-        raise DataError(f"{row.place}: messages: no message has the role 'assistant', so there is nothing to learn")
+        raise DataError(
+            f"{row.place}: messages: no message has the role 'assistant', so there is nothing to learn"
+        )
     if not tokenizer.chat_template:
-        raise DataError(f"{row.place}: the tokenizer has no chat template; use prompt/completion for this model")
+        raise DataError(
+            f"{row.place}: the tokenizer has no chat template; use prompt/completion for this model"
+        )
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     answers = []
     for i, message in enumerate(messages):
@@ -182,15 +203,15 @@ def _chat(row: Row, tokenizer: Any) -> Text:
         upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
         if not (text.startswith(before) and text.startswith(upto)):
             raise DataError(
-                f"{row.place}: message {i}: the chat template rewrites earlier turns, so the answer cannot be "
-                "located; use one row per answer or prompt/completion"
+                f"{row.place}: message {i}: the chat template rewrites earlier turns, so the answer cannot "
+                "be located; use one row per answer or prompt/completion"
             )
         answers.append((len(before), len(upto)))
     return Text(text, tuple(answers), add_eos=False)
 
 
 def encode(tokenizer: Any, text: str, answers: Sequence[tuple[int, int]], special: bool = True):
-    """Token ids, and for each whether it ends inside an answer span (by position, so pad == eos does no harm).
+    """Token ids, and for each whether it ends inside an answer span; ids decide nothing, so pad == eos is safe.
 
     Args:
         tokenizer: a fast tokenizer, which reports the characters of each token.
@@ -220,7 +241,9 @@ class TextDataset(torch.utils.data.Dataset):
         if not rows:
             raise DataError("the data set is empty; expected at least one row to train on")
         if not tokenizer.is_fast:
-            raise DataError(f"the tokenizer {type(tokenizer).__name__} is slow; moka needs character offsets: install tokenizers")
+            raise DataError(
+                f"the tokenizer {type(tokenizer).__name__} gives no character offsets; expected a fast one"
+            )
         self.truncated = 0
         self.examples = [self._example(row, tokenizer, max_length) for row in rows]
 
@@ -260,7 +283,7 @@ def _truncate(ids: list[int], inside: list[bool], max_length: int, bos: int | No
 
 
 class Collator:
-    """Pads a list of examples on the right to the longest: `input_ids`, `attention_mask`, `labels`, int64 `[batch, T]`."""
+    """Pads examples on the right to `input_ids`, `attention_mask` and `labels`, int64 `[batch, T]`."""
 
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id

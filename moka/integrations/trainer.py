@@ -1,8 +1,8 @@
 """`MokaTrainer`: transformers' Trainer for an adapted model.
 
-What it adds: checkpoints hold the adapter alone; an interrupted run resumes bit for bit (optimizer, scheduler, random
-state, order of the data); a NaN stops the run before it reaches the optimizer; SIGTERM saves at the end of the step;
-the output layer, the largest of a small model, runs on the answer tokens alone.
+What it adds: checkpoints hold the adapter alone; an interrupted run resumes bit for bit (optimizer,
+scheduler, random state, order of the data); a NaN stops the run before it reaches the optimizer; SIGTERM
+saves at the end of the step; the output layer, the largest of a small model, runs on the answer tokens alone.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 class MokaTrainer(Trainer):
     """Trains the adapter of a model from `moka.inject`; takes the arguments of `transformers.Trainer`.
 
-    The loss is the mean cross-entropy over the labels that are not -100, over all accumulated batches; a model's own
-    additions to the loss (the balance term of a mixture of experts) are left out.
+    The loss is the mean cross-entropy over the labels that are not -100, over all accumulated batches; a
+    model's own additions to the loss (the balance term of a mixture of experts) are left out.
 
     Attributes:
-        interrupted: whether SIGTERM ended `train`; a checkpoint of the last step was saved before it returned.
+        interrupted: whether SIGTERM ended `train`; a checkpoint of the last step was saved before.
 
     Example:
-        >>> trainer = MokaTrainer(model, args, train_dataset=dataset, data_collator=collator)    # doctest: +SKIP
-        >>> trainer.train(resume_from_checkpoint=True)                                           # doctest: +SKIP
+        >>> trainer = MokaTrainer(model, args, train_dataset=rows, data_collator=collator)  # doctest: +SKIP
+        >>> trainer.train(resume_from_checkpoint=True)                                      # doctest: +SKIP
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -61,19 +61,18 @@ class MokaTrainer(Trainer):
         self._selects_logits = "logits_to_keep" in forward.parameters
         self.add_callback(_StopAfterStep(self))
 
-    # -- the step --------------------------------------------------------------------------------------------------
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Cross-entropy of the answer tokens.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite; names the step and the first module that gave such a value.
+            NonFiniteError: the loss is NaN or infinite; names the step and the first module to blame.
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        positions = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]  # outputs that predict an answer in some row
+        # the outputs that predict an answer token in some row
+        positions = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         inputs.setdefault("use_cache", False)
         if self._selects_logits:
             logits = model(**inputs, logits_to_keep=positions).logits
@@ -89,14 +88,17 @@ class MokaTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         if self.is_in_train and not loss.isfinite():
             module = first_nonfinite_module(self.model, inputs)
-            raise NonFiniteError(self._nonfinite(f"the loss is {loss.item()}; first module with a NaN or Inf: {module}"))
+            raise NonFiniteError(
+                self._nonfinite(f"the loss is {loss.item()}; first module with a NaN or Inf: {module}")
+            )
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass.
 
         Raises:
-            NonFiniteError: a gradient is NaN or infinite. (With fp16 loss scaling such steps are normal and skipped.)
+            NonFiniteError: a gradient is NaN or infinite. (With fp16 loss scaling such steps are normal and
+                skipped.)
         """
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.scaler is None:
@@ -113,7 +115,7 @@ class MokaTrainer(Trainer):
     def _nonfinite(self, what: str) -> str:
         return (
             f"step {self.state.global_step + 1}: {what}. Adapter and optimizer are as after step "
-            f"{self.state.global_step}; lower the learning rate, or look for bad values in the data or the base model"
+            f"{self.state.global_step}; lower the learning rate, or look for bad values in the base model"
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -122,14 +124,12 @@ class MokaTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         return GroupedByLength(dataset.lengths(), self.args.train_batch_size, self.args.seed)  # pyright: ignore
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As `Trainer.train`; SIGTERM finishes the step, saves a checkpoint and returns.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one in `output_dir`; newer
-                incomplete ones are named in a warning.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one in `output_dir`;
+                newer incomplete ones are named in a warning.
 
         Raises:
             StateError: True, but there is no complete checkpoint.
@@ -141,7 +141,9 @@ class MokaTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise StateError(f"{self.args.output_dir}: holds no complete checkpoint to resume from")
         elif resume_from_checkpoint and (problem := checkpoint_problem(Path(resume_from_checkpoint))):
-            raise CheckpointFormatError(f"{resume_from_checkpoint}: {problem}; resume from an earlier checkpoint")
+            raise CheckpointFormatError(
+                f"{resume_from_checkpoint}: {problem}; resume from an earlier checkpoint"
+            )
         with self._sigterm_stops():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
@@ -158,11 +160,13 @@ class MokaTrainer(Trainer):
             write_atomic(folder / MANIFEST, json.dumps(sizes, indent=2).encode())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+        load_adapter(
+            self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint
+        )
 
     @contextlib.contextmanager
     def _sigterm_stops(self) -> Iterator[None]:
-        """Sets `interrupted` on SIGTERM, then calls the handler that was there; only the main thread can do this."""
+        """Sets `interrupted` on SIGTERM, then calls the handler before it; only the main thread can do this."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -194,7 +198,7 @@ class _StopAfterStep(TrainerCallback):
 class GroupedByLength(torch.utils.data.Sampler):
     """Random order in which a batch holds rows of similar length, so that little is padded.
 
-    The order is a function of seed and epoch alone: a resumed run sees the rows that the first would have seen.
+    The order is a function of seed and epoch alone, so that a resumed run sees the rows it would have seen.
 
     Args:
         lengths: tokens per row.
@@ -203,7 +207,8 @@ class GroupedByLength(torch.utils.data.Sampler):
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = 16):
-        self.lengths, self.batch_size, self.seed, self.window, self.epoch = lengths, batch_size, seed, window, 0
+        self.lengths, self.batch_size, self.window = lengths, batch_size, window
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer at the start of each epoch."""
@@ -216,17 +221,19 @@ class GroupedByLength(torch.utils.data.Sampler):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         step = self.batch_size * self.window
-        windows = [sorted(order[i : i + step], key=self.lengths.__getitem__) for i in range(0, len(order), step)]
-        rows = [row for window in windows for row in window]
+        starts = range(0, len(order), step)
+        rows = [row for i in starts for row in sorted(order[i : i + step], key=self.lengths.__getitem__)]
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a short batch must stay at the end
+        # a short batch must stay at the end
+        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         return iter([row for batch in shuffled + last for row in batch])
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest complete checkpoint of a run, or None; a warning names each newer one that is incomplete."""
-    found = [(int(m[1]), path) for path in Path(output_dir).glob("*") if (m := _CHECKPOINT.fullmatch(path.name))]
+    folders = Path(output_dir).glob("checkpoint-*")
+    found = [(int(m[1]), path) for path in folders if (m := _CHECKPOINT.fullmatch(path.name))]
     for _, path in sorted(found, reverse=True):
         problem = checkpoint_problem(path)
         if problem is None:
