@@ -211,7 +211,7 @@ def _chat(row: Row, tokenizer: Any) -> Text:
 
 
 def encode(tokenizer: Any, text: str, answers: Sequence[tuple[int, int]], special: bool = True):
-    """Token ids, and for each whether it ends inside an answer span; ids decide nothing, so pad == eos is safe.
+    """Token ids, and for each whether it ends inside an answer; by position, so that pad == eos is safe.
 
     Args:
         tokenizer: a fast tokenizer, which reports the characters of each token.

@@ -1,4 +1,4 @@
-"""The errors moka raises. Each message says what is wrong, what it got, what it expected and how to fix it."""
+"""The errors moka raises. Each message says what is wrong, what it got, what it expected and the fix."""
 
 
 class MokaError(Exception):

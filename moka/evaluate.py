@@ -320,7 +320,7 @@ def _supports_packing(model: Any, tree: _Tree) -> bool:
 
 
 def logits_at(model: Any, inputs: dict[str, Any], positions: Tensor) -> Tensor:
-    """Logits `[batch, len(positions), vocabulary]`, from an output layer that runs on those alone if it can."""
+    """Logits `[batch, len(positions), vocabulary]`; the output layer runs on those alone if it can."""
     forward = getattr(model, "forward", model)
     if "logits_to_keep" in inspect.signature(forward).parameters:
         return model(**inputs, logits_to_keep=positions).logits

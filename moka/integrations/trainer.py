@@ -166,7 +166,7 @@ class MokaTrainer(Trainer):
 
     @contextlib.contextmanager
     def _sigterm_stops(self) -> Iterator[None]:
-        """Sets `interrupted` on SIGTERM, then calls the handler before it; only the main thread can do this."""
+        """Sets `interrupted` on SIGTERM, then calls the earlier handler; only the main thread can do this."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
