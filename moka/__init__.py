@@ -4,17 +4,29 @@ from . import functional, nf4
 from .config import MokaConfig
 from .info import info
 from .inject import active_adapters, adapter_layers, disabled, eject, inject, set_adapter
+from .layers import delta_weight
+from .merge import merge, merge_errors, unmerge
+from .plan import plan
+from .quantize import quantize
+from .summary import summary
 
 __all__ = [
     "MokaConfig",
     "active_adapters",
     "adapter_layers",
+    "delta_weight",
     "disabled",
     "eject",
     "functional",
     "info",
     "inject",
+    "merge",
+    "merge_errors",
     "nf4",
+    "plan",
+    "quantize",
     "set_adapter",
+    "summary",
+    "unmerge",
 ]
 __version__ = "0.1.0"

@@ -16,7 +16,8 @@ from .gates import GATES
 from .init import INITS
 from .shapes import KINDS
 
-#: Written into every saved configuration. Raise it when the meaning of a field changes; older ones must keep loading.
+#: Written into every saved configuration. Raise it when the meaning of a field changes; older ones must keep
+#: loading.
 FORMAT_VERSION = 1
 MAX_R = 1024
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
@@ -33,12 +34,15 @@ class MokaConfig:
         exclude_modules: suffixes or a regular expression of modules to leave alone.
         layers_to_transform: indices of the layers to adapt, the first number in a module path; None for all.
         r: components of each mixture.
-        shapes: "balanced" (the paper's), "identity" (MoKA_s), a list of `(ma, na, mb, nb)` which then sets the number
-            of components, or a dict from module pattern to one of these; modules that match none are balanced.
+        shapes: "balanced" (the paper's), "identity" (MoKA_s), a list of `(ma, na, mb, nb)` which then sets
+            the number of components, or a dict from module pattern to one of these; modules that match none
+            are balanced.
         gate: "softmax", "linear" or "none".
-        scale: factor on the gated sum; None means the number of components, which undoes the 1/r of a uniform gate.
+        scale: factor on the gated sum; None means the number of components, which undoes the 1/r of a uniform
+            gate.
         init: "default" (A random, B zero) or "swapped".
-        dropout: on the mixture's input. The paper uses 0.1; it is 0 here since dropout rules out the merged path.
+        dropout: on the mixture's input. The paper uses 0.1; it is 0 here since dropout rules out the merged
+            path.
         gate_dropout: probability that a component is left out in a training step.
         path: "auto", "merged" or "factored".
         r_pattern: module pattern -> r, for layers that differ.
@@ -46,8 +50,8 @@ class MokaConfig:
         adapter_dtype: of the factors: "float32", "bfloat16" or "float16"; gates are always fp32.
         strict: refuse patterns that match nothing and prime dimensions; otherwise warn.
 
-    A module pattern (a key of `shapes` or `r_pattern`) is a regular expression for the end of a path, from a dot on;
-    the first that matches counts.
+    A module pattern (a key of `shapes` or `r_pattern`) is a regular expression for the end of a path, from a
+    dot on; the first that matches counts.
 
     Raises:
         ConfigError: on construction, naming the field, the value and what is expected.
@@ -74,7 +78,7 @@ class MokaConfig:
     strict: bool = True
 
     def __post_init__(self) -> None:
-        """Validates every field and turns sequences into tuples, so that equal configurations compare equal."""
+        """Validates every field; sequences become tuples, so that equal configurations compare equal."""
         if isinstance(self.layers_to_transform, int) and not isinstance(self.layers_to_transform, bool):
             self._set("layers_to_transform", (self.layers_to_transform,))
         self._set(
@@ -146,8 +150,8 @@ class MokaConfig:
         version = _check_int("format_version", values.pop("format_version", FORMAT_VERSION), 1, 2**31)
         if version > FORMAT_VERSION:
             raise ConfigError(
-                f"format_version: the configuration has format {version}, this moka reads up to {FORMAT_VERSION}; "
-                f"install a newer moka"
+                f"format_version: the configuration has format {version}, this moka reads up to "
+                f"{FORMAT_VERSION}; install a newer moka"
             )
         names = [f.name for f in fields(cls)]
         for key in values:
@@ -169,7 +173,7 @@ class MokaConfig:
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
-    """Whether a module pattern, a regular expression, matches the end of `path` from a dot (or its start) on."""
+    """Whether a module pattern matches `path`, or the end of it from a dot on."""
     return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
 
 

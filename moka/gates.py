@@ -1,7 +1,7 @@
 """Gates: the weight of each component of a mixture (MoKA, arXiv 2508.03527, its softmax over trained logits).
 
-A gate does not depend on the input, and every kind starts uniform, `1 / r` each. All of it is computed in fp32: at
-a usual learning rate the changes of a logit are lost in 16 bits.
+A gate does not depend on the input, and every kind starts uniform, `1 / r` each. All of it is computed in
+fp32: at a usual learning rate the changes of a logit are lost in 16 bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`inject` puts adapters into a model in place, and `eject` takes them out; `disabled` switches them off for a while."""
+"""`inject` puts adapters into a model in place, `eject` takes them out, `disabled` switches them off."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import nf4
+from .bases import is_linear4bit
 from .config import MokaConfig
 from .errors import ConfigError, StateError
-from .layers import MokaLinear, TrainedCopy, is_linear4bit
+from .layers import MokaLinear, TrainedCopy
 from .targets import find_modules_to_save, find_targets
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
@@ -34,14 +36,14 @@ class BaseState:
     """What `inject` changed in the base model, for `eject` to put back."""
 
     trainable: list[str] = field(default_factory=list)  # names of the parameters that had requires_grad
-    repacking: list[nn.Module] = field(default_factory=list)  # Linear4bit layers that repack in eval mode
+    repacking: list[Any] = field(default_factory=list)  # Linear4bit layers that repack in eval mode
 
 
 def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") -> nn.Module:
     """Adapts the layers that `config` selects, in place; the base is frozen and the output stays as it was.
 
-    An error leaves the model as it was. A second adapter, under another name, is added beside the first and becomes
-    the active one; `set_adapter` activates several.
+    An error leaves the model as it was. A second adapter, under another name, is added beside the first and
+    becomes the active one; `set_adapter` activates several.
 
     Args:
         model: any module with `nn.Linear`, bitsandbytes `Linear4bit` or `moka.layers.NF4Linear` layers.
@@ -62,6 +64,7 @@ def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") 
         >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
         1290
     """
+    root: Any = model  # nn.Module declares no attributes but tensors and modules
     if not ADAPTER_NAME.fullmatch(adapter_name):
         raise ConfigError(f"adapter_name: got {adapter_name!r}, expected {ADAPTER_NAME.pattern}")
     configs: dict[str, MokaConfig] = getattr(model, "moka_config", {})
@@ -82,7 +85,7 @@ def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") 
             undo.callback(_restore_base, model)
             _prepare_base(model)
         undo.callback(setattr, model, "moka_config", configs)
-        model.moka_config = {**configs, adapter_name: config}  # pyright: ignore[reportAttributeAccessIssue]
+        root.moka_config = {**configs, adapter_name: config}
         undo.callback(set_adapter, model, active_adapters(model))
         for layer, target in zip(layers, targets, strict=True):
             undo.callback(layer.delete_adapter, adapter_name)
@@ -135,7 +138,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model is its base, bit for bit; blocks nest, and any exception restores the state before.
+    """Within the block the model is its base, bit for bit; blocks nest, and any exception restores the state
+    before.
 
     Raises:
         StateError: an adapter is merged, so that the base weights hold its update.
@@ -160,7 +164,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def eject(model: nn.Module) -> nn.Module:
     """Takes all adapters out: the original module objects return, and what was trainable before is so again.
 
-    A merged update stays in the weights: `moka.eject(moka.merge(model))` is a plain model with the update in it.
+    A merged update stays in the weights: `moka.eject(moka.merge(model))` is a plain model with the update in
+    it.
 
     Raises:
         StateError: the model holds no adapter.
@@ -187,36 +192,37 @@ def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
                 parent._modules[name] = new[child]
 
 
-def _prepare_base(model: nn.Module) -> None:
+def _prepare_base(model: Any) -> None:
     """Freezes the base and notes for `_restore_base` what was changed."""
-    state = BaseState()
-    model._moka_base = state  # pyright: ignore[reportAttributeAccessIssue]
+    state = model._moka_base = BaseState()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             state.trainable.append(name)
             parameter.requires_grad_(False)
-    # On a CPU with AVX512-BF16, a bitsandbytes layer called in eval mode without gradients rearranges its weight for
-    # good, and no gradient passes through it from then on, not even in training mode: any layer of the model, adapted or not.
+    # On a CPU with AVX512-BF16, a bitsandbytes layer called in eval mode without gradients rearranges its
+    # weight for good, and no gradient passes through it from then on, not even in training mode: any layer of
+    # the model, adapted or not.
     for module in model.modules():
         if is_linear4bit(module) and getattr(module, "support_avx512bf16_for_cpu", False):
             state.repacking.append(module)
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            module.support_avx512bf16_for_cpu = False
     if hasattr(model, "_hf_peft_config_loaded"):
-        # transformers trains a quantized model only if it is told of an adapter, and then also lets the embeddings
-        # require gradients under gradient checkpointing, without which the checkpointed layers would get none
-        model._hf_peft_config_loaded = True  # pyright: ignore[reportAttributeAccessIssue]
+        # transformers trains a quantized model only if it is told of an adapter, and then also lets the
+        # embeddings require gradients under gradient checkpointing, without which the checkpointed layers
+        # would get none
+        model._hf_peft_config_loaded = True
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            model.enable_input_require_grads()  # pyright: ignore[reportCallIssue]
+            model.enable_input_require_grads()
 
 
-def _restore_base(model: nn.Module) -> None:
-    state: BaseState = model._moka_base  # pyright: ignore[reportAssignmentType]
+def _restore_base(model: Any) -> None:
+    state: BaseState = model._moka_base
     for name in state.trainable:
         model.get_parameter(name).requires_grad_(True)
     for module in state.repacking:
-        module.support_avx512bf16_for_cpu = True  # pyright: ignore[reportAttributeAccessIssue]
+        module.support_avx512bf16_for_cpu = True
     if hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = False  # pyright: ignore[reportAttributeAccessIssue]
+        model._hf_peft_config_loaded = False
     del model._moka_base
 
 
@@ -227,15 +233,15 @@ def _refuse_wrapped(model: nn.Module) -> None:
             kind = "compiled"
         if kind is not None:
             raise StateError(
-                f"{path or 'the model'} is wrapped already ({kind}); call moka.inject first, then torch.compile, "
-                f"DistributedDataParallel or fully_shard"
+                f"{path or 'the model'} is wrapped already ({kind}); call moka.inject first, then "
+                f"torch.compile, DistributedDataParallel or fully_shard"
             )
 
 
-def _check_linear4bit(model: nn.Module) -> None:
+def _check_linear4bit(model: Any) -> None:
     """Every 4-bit layer of bitsandbytes passes gradients on, adapted or not, so each must be readable."""
     for path, module in model.named_modules():
-        if is_linear4bit(module) and module.weight.device.type != "meta":  # pyright: ignore[reportAttributeAccessIssue]
+        if is_linear4bit(module) and module.weight.device.type != "meta":
             try:
                 nf4.from_bitsandbytes(module)
             except StateError as error:
@@ -253,7 +259,7 @@ def _warn_about_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimi
     missing = sum(1 for parameter in model.parameters() if parameter.requires_grad)
     for optimizer in optimizers:
         warnings.warn(
-            f"{type(optimizer).__name__} was built before moka.inject and does not know the {missing} adapter parameters; "
-            f"build it again, or nothing will be trained",
+            f"{type(optimizer).__name__} was built before moka.inject and does not know the {missing} "
+            f"adapter parameters; build it again, or nothing will be trained",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""`MokaLinear`: a frozen linear layer with gated mixtures of Kronecker products; `NF4Linear`: a frozen 4-bit base.
+"""`MokaLinear`: a frozen linear layer with gated mixtures of Kronecker products.
 
     y = W x + b + scale * sum_i gate_i (A_i kron B_i) x                             (MoKA, arXiv 2508.03527)
 
@@ -8,19 +8,22 @@ Parameters are keyed by adapter name, as in peft's tuner layers, so that one lay
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import functional, nf4, reference
+from . import bases, functional, reference
+from .bases import NF4Linear
 from .config import MokaConfig
 from .errors import ConfigError, StateError
 from .gates import gate_values, init_gate
 from .init import init_factors_
 from .nf4 import NF4Weight
 from .shapes import KronShape
+
+__all__ = ["MergedBase", "MokaLinear", "NF4Linear", "TrainedCopy", "delta_weight"]
 
 
 @dataclass(frozen=True)
@@ -36,91 +39,6 @@ class MergedBase:
     error: float
 
 
-class NF4Linear(nn.Module):
-    """A frozen linear layer whose weight is held in NF4, in bitsandbytes' layout; differentiable in its input.
-
-    Args:
-        weight: `[N, K]` from `moka.nf4.quantize`.
-        bias: `[N]` or None; frozen.
-
-    Example:
-        >>> layer = NF4Linear.from_linear(torch.nn.Linear(64, 32))
-        >>> layer(torch.randn(5, 64)).shape
-        torch.Size([5, 32])
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    absmax2: Tensor | None
-    code2: Tensor | None
-    offset: Tensor | None
-
-    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.blocksize, self.blocksize2, self.weight_dtype = weight.blocksize, weight.blocksize2, weight.dtype
-        for name in ("packed", "absmax", "absmax2", "code2", "offset"):
-            self.register_buffer(name, getattr(weight, name))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = False) -> NF4Linear:
-        """Quantizes the weight of a dense layer."""
-        return cls(nf4.quantize(linear.weight, blocksize, double_quant), linear.bias)
-
-    def nf4_weight(self) -> NF4Weight:
-        """The weight as the operators take it; shares the buffers."""
-        shape = (self.out_features, self.in_features)
-        return NF4Weight(self.packed, self.absmax, shape, self.blocksize, self.absmax2, self.code2, self.offset,
-                         self.blocksize2, self.weight_dtype)  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[..., K]` -> `[..., N]` in x's dtype (the autocast dtype under autocast)."""
-        return functional.nf4_linear(x, self.nf4_weight(), self.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # model.to(bfloat16) must not round the quantization constants: they move, and keep their dtype
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
-
-    def extra_repr(self) -> str:
-        """Sizes and quantization."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"blocksize={self.blocksize}, double_quant={self.absmax2 is not None}"
-        )
-
-
-def is_linear4bit(module: nn.Module) -> bool:
-    """Whether a module is a bitsandbytes `Linear4bit`; bitsandbytes is not imported to find out."""
-    return any(
-        c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(module).__mro__
-    )
-
-
-def base_kind(module: nn.Module) -> str | None:
-    """ "linear", "bitsandbytes" or "nf4" for a layer that can be adapted, else None."""
-    if isinstance(module, NF4Linear):
-        return "nf4"
-    if is_linear4bit(module):
-        return "bitsandbytes"
-    # A subclass with a forward of its own computes something else. MultiheadAttention reads the weight of its
-    # out_proj (a NonDynamicallyQuantizableLinear) without calling it, so that an adapter there would do nothing.
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    if (
-        plain
-        and type(module).__name__ != "NonDynamicallyQuantizableLinear"
-        and module.weight.is_floating_point()
-    ):
-        return "linear"
-    return None
-
-
 class MokaLinear(nn.Module):
     """A frozen linear layer plus the mixtures of its active adapters, in one operation.
 
@@ -128,7 +46,8 @@ class MokaLinear(nn.Module):
         base_layer: the layer to adapt, kept as it is: `nn.Linear`, bitsandbytes `Linear4bit` or `NF4Linear`.
 
     Attributes:
-        moka_A, moka_B: adapter name -> all factors `A_i` (`B_i`), row-major and concatenated; `factors` has views.
+        moka_A, moka_B: adapter name -> all factors `A_i` (`B_i`), row-major and concatenated; `factors` has
+            views.
         moka_gate: adapter name -> gate logits `[r]` fp32; no entry for gate="none".
         shapes, configs, scaling: adapter name -> component shapes, configuration, scale.
         active_adapters: the adapters that take part in `forward`, added up.
@@ -209,7 +128,7 @@ class MokaLinear(nn.Module):
         names = [name for name in self.active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not names:
             return self._base_forward(x)
-        inputs = x.to(self.compute_dtype(x))
+        inputs = x.to(bases.compute_dtype(self.base_layer, x))
         if self.training and any(self.configs[name].dropout for name in names):
             # the mixture then sees another input than the base: factored, one adapter at a time
             y = self.base_layer(x)
@@ -221,7 +140,7 @@ class MokaLinear(nn.Module):
         path = self.configs[names[0]].path
         mixture = self.mixture(names, gate_dropout=self.training)
         y = functional.moka_linear(inputs, self.base_weight(), bias, *mixture, path)
-        return y.to(x.dtype) if is_linear4bit(self.base_layer) else y
+        return y.to(x.dtype) if bases.is_linear4bit(self.base_layer) else y
 
     def _base_forward(self, x: Tensor) -> Tensor:
         weight = getattr(self.base_layer, "weight", x)
@@ -256,12 +175,12 @@ class MokaLinear(nn.Module):
         return self.scaling[name] * gate_values(self.configs[name].gate, logits, r, device)
 
     def factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """`(A_i [ma, na], B_i [mb, nb])` of each component, views of the parameters; identities made explicit."""
+        """`(A_i [ma, na], B_i [mb, nb])` of each component: views of the parameters, identities explicit."""
         return reference.split_factors(self.moka_A[name], self.moka_B[name], self.shapes[name])
 
     @torch.no_grad()
     def delta_weight(self, name: str | None = None) -> Tensor:
-        """The dense update `[N, K]` in fp32 of one adapter, or of all active ones: for analysis, merging and tests."""
+        """The dense update `[N, K]` in fp32 of one adapter, or of all active ones."""
         names = self.active_adapters if name is None else [name]
         zero = torch.zeros(self.out_features, self.in_features, device=self.weight_device())
         if not names:
@@ -270,26 +189,14 @@ class MokaLinear(nn.Module):
         return functional.kron_add(zero.to(A.dtype), A, B, alpha, shapes).float()
 
     def base_weight(self) -> NF4Weight | Tensor:
-        """The frozen weight `[N, K]`, read anew at each call: moving a bitsandbytes layer replaces its tensors."""
-        if isinstance(self.base_layer, NF4Linear):
-            return self.base_layer.nf4_weight()
-        if is_linear4bit(self.base_layer):
-            return nf4.from_bitsandbytes(self.base_layer)
-        return self.base_layer.weight  # pyright: ignore[reportReturnType]
+        """The frozen weight `[N, K]`: of the base layer as it is now."""
+        return bases.weight_of(self.base_layer)
 
     def weight_device(self) -> torch.device:
         """Where the base weight is."""
-        base = self.base_layer
-        return base.packed.device if isinstance(base, NF4Linear) else base.weight.device  # pyright: ignore
+        return bases.device_of(self.base_layer)
 
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of the products: `Linear4bit`'s compute dtype if it was given one, else x's."""
-        base = self.base_layer
-        if is_linear4bit(base) and base.compute_dtype is not None:
-            return base.compute_dtype  # pyright: ignore[reportReturnType]
-        return x.dtype
-
-    # Model code reads the weight's dtype or device of its linear layers; peft's tuner layers answer in the same way.
+    # Model code reads the dtype or device of its linear layers' weights; peft's tuner layers answer likewise.
     @property
     def weight(self) -> Tensor:
         """The base layer's weight as it is stored."""
@@ -311,7 +218,7 @@ class MokaLinear(nn.Module):
 
 
 class TrainedCopy(nn.Module):
-    """A module trained in full beside its frozen original (`modules_to_save`); the names are those of peft's wrapper.
+    """A module trained in full beside its frozen original (`modules_to_save`); named as in peft's wrapper.
 
     Attributes:
         original_module: the frozen module, used when adapters are disabled.
@@ -367,3 +274,30 @@ class TrainedCopy(nn.Module):
     def forward(self, *args, **kwargs):
         """Calls the module in use."""
         return self.current()(*args, **kwargs)
+
+
+def delta_weight(layer: MokaLinear, adapter_name: str | None = None) -> Tensor:
+    """The dense update `[N, K]` of one adapted layer, fp32: for analysis and tests, never needed in training.
+
+    Args:
+        layer: as found by `moka.adapter_layers(model)`.
+        adapter_name: one adapter; None for the sum of the active ones.
+
+    Raises:
+        ConfigError: `layer` is not adapted, or has no such adapter.
+
+    Example:
+        >>> layer = MokaLinear(torch.nn.Linear(4, 6))
+        >>> layer.add_adapter("default", MokaConfig(), [KronShape(2, 2, 3, 2)])
+        >>> moka.delta_weight(layer, "default").shape
+        torch.Size([6, 4])
+    """
+    if not isinstance(layer, MokaLinear):
+        raise ConfigError(
+            f"delta_weight: expected an adapted layer (moka.adapter_layers), got {type(layer).__name__}"
+        )
+    if adapter_name is not None and adapter_name not in layer.configs:
+        raise ConfigError(
+            f"delta_weight: adapter {adapter_name!r} does not exist; the layer has {list(layer.configs)}"
+        )
+    return layer.delta_weight(adapter_name)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from .errors import ConfigError
 
-#: The paper's five shapes, each used twice at r = 10: rows per column of A relative to the layer's own (B: inverse).
+#: The paper's five shapes, each used twice at r = 10: rows per column of A relative to the layer's own (B:
+#: inverse).
 ASPECTS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 #: What is left of r after full sets of five: from the most even shape outwards.
 ASPECTS_LEFT = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)
@@ -21,7 +22,8 @@ KINDS = ("balanced", "identity")
 
 
 class KronShape(NamedTuple):
-    """One component `A [ma, na] kron B [mb, nb]`; `identity` names a factor that is the identity and not stored.
+    """One component `A [ma, na] kron B [mb, nb]`; `identity` names a factor that is the identity and not
+    stored.
 
     identity: 0 neither, 1 `A` (then `ma == na`), 2 `B` (then `mb == nb`).
     """
@@ -73,9 +75,10 @@ def plan_shapes(
 ) -> tuple[KronShape, ...]:
     """The component shapes of one layer.
 
-    "balanced": five shapes of about `sqrt(N K)` entries per factor, in full sets of five; what is left of r goes
-    to the most even shapes first (`ASPECTS_LEFT`). "identity" (MoKA_s): one factor of each component is an identity,
-    alternately A and B, of different sizes, since components with equal identities would collapse into one.
+    "balanced": five shapes of about `sqrt(N K)` entries per factor, in full sets of five; what is left of r
+    goes to the most even shapes first (`ASPECTS_LEFT`). "identity" (MoKA_s): one factor of each component is
+    an identity, alternately A and B, of different sizes, since components with equal identities would
+    collapse into one.
 
     Args:
         N, K: output and input features.
@@ -85,7 +88,8 @@ def plan_shapes(
         module: names the layer in errors.
 
     Raises:
-        ConfigError: a product differs from `N x K`, a dimension is prime (strict), or too few identity sizes exist.
+        ConfigError: a product differs from `N x K`, a dimension is prime (strict), or too few identity sizes
+            exist.
 
     Example:
         >>> [str(s) for s in plan_shapes(4096, 4096, r=2)]
@@ -100,7 +104,7 @@ def plan_shapes(
             if is_prime(size):
                 raise ConfigError(
                     f"{module}: {name} is {size}, a prime, so a factor must be 1 x {size}; expected a size "
-                    f"with divisors. Exclude the module, give explicit shapes, or set strict=False to accept it"
+                    f"with divisors. Exclude the module, give explicit shapes, or accept it with strict=False"
                 )
     full, left = divmod(r, len(ASPECTS))
     return tuple(_balanced_shape(N, K, aspect) for aspect in ASPECTS * full + ASPECTS_LEFT[:left])
@@ -137,7 +141,7 @@ def divisors(n: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _balanced_shape(N: int, K: int, aspect: float) -> KronShape:
-    """The shape nearest to `ma*na = sqrt(N K)` and, with less weight, `ma/na = aspect sqrt(N/K)`, on a log scale."""
+    """The shape nearest to `ma*na = sqrt(N K)` and, with less weight, `ma/na = aspect sqrt(N/K)`, in logs."""
     entries, ratio = math.sqrt(N * K), aspect * math.sqrt(N / K)
 
     def cost(sizes: tuple[int, int]) -> float:
@@ -152,11 +156,13 @@ def _identity_shapes(N: int, K: int, r: int, module: str) -> tuple[KronShape, ..
     sizes = [p for p in divisors(math.gcd(N, K)) if 1 < p < max(N, K)]
     if r > 2 * len(sizes):
         raise ConfigError(
-            f"{module}: shapes='identity' has {2 * len(sizes)} distinct components for {N} x {K} (identity sizes "
-            f"{sizes}, on either side), got r={r}; lower r for this module with r_pattern, or use shapes='balanced'"
+            f"{module}: shapes='identity' has {2 * len(sizes)} distinct components for {N} x {K} (identity "
+            f"sizes {sizes}, on either side), got r={r}; lower r for this module with r_pattern, or use "
+            f"shapes='balanced'"
         )
-    # An identity of size p leaves a factor of N*K/p^2 entries, which is sqrt(N*K) at p = (N*K)^(1/4). One octave of
-    # sizes per pair of components, from twice that size outwards, costs about half of what balanced shapes do.
+    # An identity of size p leaves a factor of N*K/p^2 entries, which is sqrt(N*K) at p = (N*K)^(1/4). One
+    # octave of sizes per pair of components, from twice that size outwards, costs about half of what balanced
+    # shapes do.
     octaves = sorted(range(-len(sizes), len(sizes) + 1), key=abs)
     chosen = []
     for octave in octaves[: (r + 1) // 2]:

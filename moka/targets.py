@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .bases import NF4Linear, base_kind, is_linear4bit
 from .config import MokaConfig, pattern_matches
 from .errors import InjectionError
-from .layers import MokaLinear, NF4Linear, TrainedCopy, base_kind, is_linear4bit
+from .layers import MokaLinear, TrainedCopy
 from .shapes import KronShape, plan_shapes
 
 
@@ -36,13 +37,14 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[Target]:
     """The layers to adapt, in the model's order; a shared layer is listed once.
 
     Raises:
-        InjectionError: nothing matched, one of several patterns matched nothing (strict), or an unsupported layer.
+        InjectionError: nothing matched, one of several patterns matched nothing (strict), or an unsupported
+            layer.
         ConfigError: shapes that do not fit a layer.
     """
     modules = dict(walk(model))
     paths = _layers_subset(_excluded(list(modules), config), config)
     if config.target_modules == "all-linear":
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        output = output_embedding(model)
         selected = [path for path in paths if _is_linear(modules[path]) and modules[path] is not output]
         if not selected:
             raise InjectionError(
@@ -58,8 +60,8 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[Target]:
         base = module.base_layer if isinstance(module, MokaLinear) else module
         if base_kind(base) is None:
             raise InjectionError(
-                f"{path}: cannot adapt a {type(base).__module__}.{type(base).__name__}; expected nn.Linear, bitsandbytes "
-                f"Linear4bit or NF4Linear. Change target_modules, or name it in exclude_modules"
+                f"{path}: cannot adapt a {type(base).__module__}.{type(base).__name__}; expected nn.Linear, "
+                f"bitsandbytes Linear4bit or NF4Linear. Change target_modules, or name it in exclude_modules"
             )
         sizes = int(base.out_features), int(base.in_features)  # pyright: ignore[reportArgumentType]
         shapes = plan_shapes(*sizes, config.r_for(path), config.shapes_for(path), config.strict, path)
@@ -106,11 +108,17 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
                 yield from walk(child, f"{prefix}{name}.")
 
 
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a transformers model's logits; None for other models."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (MokaLinear, NF4Linear, nn.Linear))
 
 
-def _matches(path: str, patterns: str | Sequence[str]) -> bool:
+def matches(path: str, patterns: str | Sequence[str]) -> bool:
+    """Whether a path ends in one of several names, or matches one regular expression as a whole."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, path) is not None
     return any(path == name or path.endswith("." + name) for name in patterns)
@@ -119,11 +127,11 @@ def _matches(path: str, patterns: str | Sequence[str]) -> bool:
 def _select(paths: Sequence[str], field: str, patterns: str | Sequence[str], strict: bool) -> list[str]:
     """The paths that any pattern matches, in order; each pattern must match something."""
     for pattern in [patterns] if isinstance(patterns, str) else [(name,) for name in patterns]:
-        if not any(_matches(path, pattern) for path in paths):
+        if not any(matches(path, pattern) for path in paths):
             shown = pattern if isinstance(pattern, str) else pattern[0]
-            others = not isinstance(patterns, str) and any(_matches(path, patterns) for path in paths)
+            others = not isinstance(patterns, str) and any(matches(path, patterns) for path in paths)
             _unmatched(f"{field}: {shown!r}", shown, paths, strict or not others)
-    return [path for path in paths if _matches(path, patterns)]
+    return [path for path in paths if matches(path, patterns)]
 
 
 def _unmatched(what: str, pattern: str, paths: Sequence[str], strict: bool) -> None:
@@ -154,6 +162,6 @@ def _layers_subset(paths: list[str], config: MokaConfig) -> list[str]:
     missing = sorted(set(wanted) - set(index.values()))  # pyright: ignore[reportArgumentType]
     if missing and (config.strict or len(missing) == len(set(wanted))):  # pyright: ignore[reportArgumentType]
         raise InjectionError(
-            f"layers_to_transform: the model has no layer {missing}; its layers are numbered {sorted(set(index.values()))}"
+            f"layers_to_transform: the model has no layer {missing}; it has {sorted(set(index.values()))}"
         )
     return [path for path in paths if index.get(path) in wanted]  # pyright: ignore[reportOperatorIssue]

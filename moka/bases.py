@@ -1,0 +1,114 @@
+"""The layers that can be adapted: `nn.Linear`, bitsandbytes `Linear4bit`, and moka's own `NF4Linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, nf4
+from .nf4 import NF4Weight
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer whose weight is held in NF4, in bitsandbytes' layout; differentiable in its
+    input.
+
+    Args:
+        weight: `[N, K]` from `moka.nf4.quantize`.
+        bias: `[N]` or None; frozen.
+
+    Example:
+        >>> layer = NF4Linear.from_linear(torch.nn.Linear(64, 32))
+        >>> layer(torch.randn(5, 64)).shape
+        torch.Size([5, 32])
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    absmax2: Tensor | None
+    code2: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.blocksize, self.blocksize2, self.weight_dtype = weight.blocksize, weight.blocksize2, weight.dtype
+        for name in ("packed", "absmax", "absmax2", "code2", "offset"):
+            self.register_buffer(name, getattr(weight, name))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = False) -> NF4Linear:
+        """Quantizes the weight of a dense layer."""
+        return cls(nf4.quantize(linear.weight, blocksize, double_quant), linear.bias)
+
+    def nf4_weight(self) -> NF4Weight:
+        """The weight as the operators take it; shares the buffers."""
+        shape = (self.out_features, self.in_features)
+        second = (self.absmax2, self.code2, self.offset, self.blocksize2)
+        return NF4Weight(self.packed, self.absmax, shape, self.blocksize, *second, self.weight_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., K]` -> `[..., N]` in x's dtype (the autocast dtype under autocast)."""
+        return functional.nf4_linear(x, self.nf4_weight(), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        # model.to(bfloat16) must not round the quantization constants: they move, and keep their dtype
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes and quantization."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, blocksize={self.blocksize}, "
+            f"double_quant={self.absmax2 is not None}"
+        )
+
+
+def is_linear4bit(module: nn.Module) -> bool:
+    """Whether a module is a bitsandbytes `Linear4bit`; bitsandbytes is not imported to find out."""
+    return any(
+        c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(module).__mro__
+    )
+
+
+def base_kind(module: nn.Module) -> str | None:
+    """The kind of a layer that can be adapted: "linear", "bitsandbytes" or "nf4"; None for any other."""
+    if isinstance(module, NF4Linear):
+        return "nf4"
+    if is_linear4bit(module):
+        return "bitsandbytes"
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        return None
+    # A subclass with a forward of its own computes something else; and MultiheadAttention reads the weight of
+    # its out_proj (a NonDynamicallyQuantizableLinear) without calling it, so an adapter there would do
+    # nothing.
+    plain = type(module).forward is nn.Linear.forward
+    return "linear" if plain and type(module).__name__ != "NonDynamicallyQuantizableLinear" else None
+
+
+def weight_of(layer: Any) -> NF4Weight | Tensor:
+    """The weight `[N, K]`; read it anew at each call, since moving a `Linear4bit` replaces its tensors."""
+    if isinstance(layer, NF4Linear):
+        return layer.nf4_weight()
+    return nf4.from_bitsandbytes(layer) if is_linear4bit(layer) else layer.weight
+
+
+def device_of(layer: Any) -> torch.device:
+    """Where the weight is."""
+    return layer.packed.device if isinstance(layer, NF4Linear) else layer.weight.device
+
+
+def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
+    """The dtype of the layer's product with x: the compute dtype a `Linear4bit` was given, else x's."""
+    dtype = layer.compute_dtype if is_linear4bit(layer) else None
+    return x.dtype if dtype is None else dtype

@@ -1,0 +1,133 @@
+"""`quantize` turns a model's dense linear layers into NF4 layers, to the same bits as bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .bases import NF4Linear, base_kind, is_linear4bit
+from .errors import ConfigError, InjectionError, StateError
+from .nf4 import BLOCKSIZES
+from .targets import matches, output_embedding, walk
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize` did; kept as `model.moka_quantization`.
+
+    Attributes:
+        blocksize, double_quant: as given.
+        quantized: paths of the layers now in NF4.
+        skipped: path -> why a linear layer stayed as it was.
+        bytes_before, bytes_after: of the quantized layers' weights.
+    """
+
+    blocksize: int
+    double_quant: bool
+    quantized: tuple[str, ...]
+    skipped: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        """One line, and one per skipped layer."""
+        double = "on" if self.double_quant else "off"
+        head = (
+            f"{len(self.quantized)} layers in NF4 (blocksize {self.blocksize}, double quantization "
+            f"{double}): {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
+        )
+        return "\n".join([head] + [f"skipped {path}: {why}" for path, why in self.skipped.items()])
+
+
+def quantize(
+    model: nn.Module,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    exclude_modules: str | Sequence[str] = (),
+) -> nn.Module:
+    """Replaces each `nn.Linear` of the model by an `NF4Linear`, in place and one at a time, so that memory
+    stays low.
+
+    As with transformers and bitsandbytes, the output embedding and every layer that shares its weight with an
+    embedding stay dense. `model.moka_quantization` says what was done and what was skipped, and why.
+
+    Args:
+        model: any module; not adapted yet.
+        blocksize: entries that share one absmax.
+        double_quant: keep absmax in 8 bits (QLoRA section 3).
+        exclude_modules: suffixes of paths, or a regular expression, of layers to leave dense.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: the model holds adapters; quantize before `moka.inject`.
+        InjectionError: the model has no dense linear layer to quantize.
+        ConfigError: the blocksize is not supported.
+
+    Example:
+        >>> model = moka.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64)))
+        >>> model.moka_quantization.quantized
+        ('0',)
+    """
+    if getattr(model, "moka_config", {}):
+        raise StateError("the model holds adapters; call moka.quantize first, then moka.inject")
+    if blocksize not in BLOCKSIZES:
+        raise ConfigError(f"blocksize: got {blocksize}, expected one of {BLOCKSIZES}")
+    groups, skipped = layers_to_quantize(model, exclude_modules)
+    if not groups:
+        why = skipped or "it holds no nn.Linear"
+        raise InjectionError(f"{type(model).__name__} has no dense linear layer to quantize: {why}")
+    root: Any = model  # nn.Module declares no attributes but tensors and modules
+    before = after = 0
+    for paths in groups:
+        before += root.get_submodule(paths[0]).weight.nbytes
+        after += _quantize_layer(model, paths, blocksize, double_quant)
+    quantized = tuple(path for paths in groups for path in paths)
+    report = QuantizationReport(blocksize, double_quant, quantized, skipped, before, after)
+    root.moka_quantization = report
+    return model
+
+
+def layers_to_quantize(
+    model: nn.Module, exclude_modules: str | Sequence[str] = ()
+) -> tuple[list[list[str]], dict[str, str]]:
+    """The paths of each dense layer to quantize (several for a shared one), and path -> reason of those that
+    stay.
+
+    Only paths are returned, since a reference to a dense layer would keep it alive after its replacement.
+    """
+    modules = dict(walk(model))
+    if exclude_modules and not any(matches(path, exclude_modules) for path in modules):
+        raise InjectionError(f"exclude_modules: {exclude_modules!r} matches no module")
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    output = output_embedding(model)
+    groups: dict[int, list[str]] = {}
+    skipped = {}
+    for path, module in modules.items():
+        if not isinstance(module, nn.Linear) or is_linear4bit(module):
+            continue
+        if matches(path, exclude_modules):
+            skipped[path] = "excluded"
+        elif module is output:
+            skipped[path] = "output embedding"
+        elif id(module.weight) in embeddings:
+            skipped[path] = "shares its weight with an embedding"
+        elif base_kind(module) is None:
+            skipped[path] = f"{type(module).__name__} is not a plain nn.Linear"
+        else:
+            groups.setdefault(id(module), []).append(path)
+    return list(groups.values()), skipped
+
+
+def _quantize_layer(model: Any, paths: list[str], blocksize: int, double_quant: bool) -> int:
+    """Replaces the layer that all `paths` reach; returns the bytes of its new weight."""
+    linear = model.get_submodule(paths[0])
+    layer = NF4Linear.from_linear(linear, blocksize, double_quant).train(linear.training)
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent)._modules[name] = layer
+    return layer.nf4_weight().nbytes
