@@ -48,9 +48,12 @@ def cuda_archs(torch, cuda_home: str | None, sources: list[str]) -> list[str]:
     if not sources or torch.version.cuda is None or cuda_home is None or os.environ.get("MOKA_CUDA") == "0":
         return []
     shown = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True)
-    check_cuda_major(nvcc_release(shown.stdout), torch.version.cuda)
     visible = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    return choose_archs(os.environ.get("MOKA_CUDA_ARCHS"), visible)
+    try:
+        check_cuda_major(nvcc_release(shown.stdout), torch.version.cuda)
+        return choose_archs(os.environ.get("MOKA_CUDA_ARCHS"), visible)
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(f"moka: {error}") from error
 
 
 def extension() -> dict:
