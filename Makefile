@@ -2,7 +2,8 @@
 # make test                            every check and test
 # make lint | format | bench | clean
 #
-# Needs Python 3.10+, a C++ compiler and a package index. Everything else goes into .venv, with the versions of constraints.txt.
+# Needs Python 3.10+, a C++ compiler and a package index. Everything else goes into .venv, with the versions of
+# constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ SEED ?= 0
 export PATH := $(abspath $(BIN)):$(PATH)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 FAILED = { echo "moka: that did not succeed, see above: it needs a package index that pip can reach, and a C++ compiler" >&2; exit 1; }
-CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc $(wildcard tests/cpp) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py pyproject.toml $(wildcard _backend/*.py) $(filter csrc/%,$(CPP_FILES))
 
 .PHONY: demo test lint format ctest pytest bench clean
@@ -51,18 +52,18 @@ clean:
 
 # The stamps say what is installed: torch and the build tools first, because moka compiles against that torch.
 $(VENV)/.base: constraints.txt .ci/preflight.py
-	$(PYTHON) .ci/preflight.py
+	@$(PYTHON) .ci/preflight.py
 	$(PYTHON) -m venv $(VENV)
 	@echo "moka: installing torch and the build tools into $(VENV)"
-	$(PIP_INSTALL) torch numpy setuptools ninja || $(FAILED)
+	@$(PIP_INSTALL) torch numpy setuptools ninja || $(FAILED)
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base $(SOURCES)
 	@echo "moka: installing what the demo needs, and compiling the extension (about a minute)"
-	$(PIP_INSTALL) --no-build-isolation --editable ".[all]" || $(FAILED)
+	@$(PIP_INSTALL) --no-build-isolation --editable ".[all]" || $(FAILED)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base $(SOURCES)
 	@echo "moka: installing what the tests need, and compiling the extension (about a minute)"
-	$(PIP_INSTALL) --no-build-isolation --editable ".[dev]" || $(FAILED)
+	@$(PIP_INSTALL) --no-build-isolation --editable ".[dev]" || $(FAILED)
 	touch $@ $(VENV)/.demo
