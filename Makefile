@@ -54,7 +54,7 @@ clean:
 $(VENV)/.base: constraints.txt .ci/preflight.py
 	@$(PYTHON) .ci/preflight.py
 	$(PYTHON) -m venv $(VENV)
-	@echo "moka: installing torch and the build tools into $(VENV)"
+	@echo "moka: installing torch and the build tools into $(VENV) (minutes, the first time)"
 	@$(PIP_INSTALL) torch numpy setuptools ninja || $(FAILED)
 	touch $@
 
