@@ -1,6 +1,7 @@
 """moka: fine-tune a 4-bit language model with a gated mixture of Kronecker products."""
 
 from . import functional, nf4
+from .checkpoint import load_adapter, save_adapter
 from .config import MokaConfig
 from .info import info
 from .inject import active_adapters, adapter_layers, disabled, eject, inject, set_adapter
@@ -20,11 +21,13 @@ __all__ = [
     "functional",
     "info",
     "inject",
+    "load_adapter",
     "merge",
     "merge_errors",
     "nf4",
     "plan",
     "quantize",
+    "save_adapter",
     "set_adapter",
     "summary",
     "unmerge",

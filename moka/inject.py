@@ -65,8 +65,7 @@ def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") 
         1290
     """
     root: Any = model  # nn.Module declares no attributes but tensors and modules
-    if not ADAPTER_NAME.fullmatch(adapter_name):
-        raise ConfigError(f"adapter_name: got {adapter_name!r}, expected {ADAPTER_NAME.pattern}")
+    check_adapter_name(adapter_name)
     configs: dict[str, MokaConfig] = getattr(model, "moka_config", {})
     if adapter_name in configs:
         raise StateError(
@@ -101,6 +100,16 @@ def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") 
         undo.pop_all()
     _warn_about_optimizers(model, optimizers)
     return model
+
+
+def check_adapter_name(name: str) -> None:
+    """Accepts names that can be part of a path and of a parameter's name.
+
+    Raises:
+        ConfigError: with the rule.
+    """
+    if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
+        raise ConfigError(f"adapter_name: got {str(name)[:80]!r}, expected {ADAPTER_NAME.pattern}")
 
 
 def adapter_layers(model: nn.Module) -> dict[str, MokaLinear]:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from . import functional, nf4
+from .bases import NF4Linear, device_of
 from .errors import ConfigError, MergeError, NonFiniteError, StateError
 from .inject import active_adapters, adapter_layers
-from .layers import MergedBase, MokaLinear, NF4Linear
+from .layers import MergedBase, MokaLinear
 from .nf4 import NF4Weight
 
 #: The largest relative error of the applied update, |applied - delta| / |delta|, that is accepted in silence.
@@ -167,8 +167,8 @@ def _report_loss(path: str, new: nn.Module, error: float, force: bool) -> None:
 def _restore(layers: Iterable[MokaLinear]) -> None:
     for layer in layers:
         if layer.merged_base is not None:
-            original, device = layer.merged_base.original, layer.weight_device()
+            original, device = layer.merged_base.original, device_of(layer.base_layer)
             # the model may have moved since; a Linear4bit must not be "moved" to where it is, that copies it
-            if next(chain(original.parameters(), original.buffers())).device != device:
+            if device_of(original) != device:
                 original.to(device)
             layer.base_layer, layer.merged_adapters, layer.merged_base = original, [], None

@@ -42,11 +42,11 @@ class TensorEntry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A checked safetensors header; `data_start` is the offset of the tensor data in the file."""
+    """A checked safetensors header; `raw` is the file up to the tensor data."""
 
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
-    data_start: int
+    raw: bytes
 
 
 def strict_json(text: str, where: str) -> Any:
@@ -150,12 +150,12 @@ def read_header(descriptor: int, where: str, max_tensors: int = MAX_TENSORS) -> 
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if file_size < 8 or not 2 <= length <= min(cap, file_size - 8):
         raise fail(f"header of {length} bytes, expected 2 to {cap} within the file's {file_size}")
-    raw = os.pread(descriptor, length, 8)
+    raw = os.pread(descriptor, 8 + length, 0)
     try:
-        text = raw.decode("utf-8")
+        text = raw[8:].decode("utf-8")
     except UnicodeDecodeError as error:
         raise fail(f"header is not UTF-8 ({error.reason} at byte {error.start})") from error
-    if len(raw) != length or not text.startswith("{"):
+    if len(raw) != 8 + length or not text.startswith("{"):
         raise fail("the header does not begin with '{'")
     entries = strict_json(text, where)
     metadata = entries.pop("__metadata__", {})
@@ -172,7 +172,7 @@ def read_header(descriptor: int, where: str, max_tensors: int = MAX_TENSORS) -> 
         position = entry.end
     if 8 + length + position != file_size:
         raise fail(f"{8 + length + position} bytes are described, the file has {file_size}")
-    return Header(tensors, metadata, 8 + length)
+    return Header(tensors, metadata, raw)
 
 
 def _tensor_entry(name: str, entry: Any, fail: Any) -> TensorEntry:
@@ -195,18 +195,19 @@ def _is_size_list(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def read_all(descriptor: int, where: str) -> bytes:
-    """The whole file as bytes, read once.
+def read_all(descriptor: int, where: str, header: Header) -> bytes:
+    """The whole file as bytes, read once and beginning with the checked header.
 
     Raises:
-        CheckpointFormatError: the file was cut while it was read.
+        CheckpointFormatError: the file was changed since its header was read.
     """
     size = os.fstat(descriptor).st_size
     data = bytearray()
     while len(data) < size and (chunk := os.pread(descriptor, min(size - len(data), 1 << 26), len(data))):
         data += chunk
-    if len(data) != size:
-        raise CheckpointFormatError(f"{where}: cut to {len(data)} of {size} bytes while it was read")
+    described = len(header.raw) + max((entry.end for entry in header.tensors.values()), default=0)
+    if len(data) != described or not data.startswith(header.raw):
+        raise CheckpointFormatError(f"{where}: the file was changed while it was read; load it again")
     return bytes(data)
 
 

@@ -1,0 +1,241 @@
+"""Saving and loading adapters: `adapter_model.safetensors`, and `adapter_config.json` for tools that want it.
+
+The safetensors file alone is the adapter: its metadata hold the manifest (`moka/manifest.py`).
+`adapter_config.json` is derived from it and never read. Keys are peft's: `base_model.model.<module>.moka_A`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from . import layout, safefile
+from .config import MokaConfig
+from .errors import (
+    CheckpointFormatError,
+    CheckpointMismatchError,
+    ConfigError,
+    InjectionError,
+    NonFiniteError,
+    StateError,
+    UnsafeFileError,
+)
+from .fingerprint import check_base, fingerprint
+from .inject import (
+    active_adapters,
+    adapter_layers,
+    check_adapter_name,
+    eject,
+    inject,
+    saved_modules,
+    set_adapter,
+)
+from .manifest import Manifest, portable
+from .targets import find_targets
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+METADATA_KEY = "moka"  # a single key: safetensors writes several in no fixed order
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
+    """Writes one adapter into `directory`, made if need be; equal adapters give equal bytes.
+
+    Each of the two files is replaced atomically, the adapter first: a save that is killed at any point leaves
+    the old adapter or the new one, whole. Factors are stored in `adapter_dtype`, gates in fp32, and regular
+    expressions in the configuration as the module paths that they matched.
+
+    Args:
+        model: with adapters from `moka.inject`.
+        directory: gets `adapter_model.safetensors` and `adapter_config.json`.
+        adapter_name: which adapter; the name itself is not stored.
+
+    Raises:
+        StateError: no such adapter, it is merged, or the model is on the meta device.
+        NonFiniteError: a tensor holds NaN or infinity; the old files stay.
+        OSError: with the path; the old file stays.
+
+    Example:
+        >>> moka.save_adapter(model, "out/")          # doctest: +SKIP
+    """
+    check_adapter_name(adapter_name)
+    configs = getattr(model, "moka_config", {})
+    if adapter_name not in configs:
+        raise StateError(f"adapter {adapter_name!r} does not exist; the model has {list(configs)}")
+    layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.configs}
+    config = portable(configs[adapter_name], list(layers))
+    targets = find_targets(model, config)
+    if {target.module for target in targets} != set(layers.values()):
+        raise ConfigError(
+            f"target_modules of adapter {adapter_name!r}: no list of names selects the same modules, and a "
+            f"file holds no regular expression; inject with names instead"
+        )
+    base = fingerprint(model, layout.base_weights(targets))
+    current = layout.current_tensors(model, config, targets, adapter_name)
+    tensors = {
+        name: current[name].to("cpu", dtype).contiguous()
+        for name, (_, dtype) in layout.expected_tensors(model, config, targets).items()
+    }
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise NonFiniteError(
+                f"{name} holds NaN or infinity; nothing was saved, train from the last good state"
+            )
+    shapes = {target.path: target.shapes for target in targets}
+    manifest = Manifest(config, base, shapes, _checksums(tensors))
+    data = safetensors.torch.save(tensors, {METADATA_KEY: manifest.to_text()})
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    safefile.write_atomic(directory / WEIGHTS, data)
+    safefile.write_atomic(directory / CONFIG, manifest.adapter_config().encode())
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    adapter_name: str = "default",
+    *,
+    allow_base_mismatch: bool = False,
+    allow_nonfinite: bool = False,
+) -> nn.Module:
+    """Loads an adapter that `save_adapter` wrote; an error leaves the model as it was.
+
+    The files are not trusted: all is checked, against the model too, before anything is changed. If the model
+    has no adapter of this name, one is injected with the stored configuration; else it gets the values.
+
+    Args:
+        model: the base that the adapter was trained on, adapted or not.
+        directory: as given to `save_adapter`.
+        adapter_name: what the adapter is called in the model.
+        allow_base_mismatch: accept a base with other weights or another quantization.
+        allow_nonfinite: accept NaN and infinity.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: the directory holds no adapter.
+        UnsafeFileError: a pickle, a link out of the directory, a FIFO, a configuration with more than data.
+        CheckpointFormatError: damaged, truncated, or not written by `save_adapter`.
+        CheckpointMismatchError: it does not fit the model, naming tensors or fields.
+        BaseMismatchError: it fits, but was trained on another base.
+        NonFiniteError: a tensor holds NaN or infinity.
+        StateError: the model has merged adapters, or is on the meta device.
+
+    Example:
+        >>> model = moka.load_adapter(model, "out/")          # doctest: +SKIP
+    """
+    check_adapter_name(adapter_name)
+    directory = Path(directory)
+    where = str(directory / WEIGHTS)
+    _refuse_pickles(directory)
+    max_tensors = max(safefile.MAX_TENSORS, 3 * sum(1 for _ in model.modules()))
+    with safefile.open_untrusted(directory, WEIGHTS) as descriptor:
+        header = safefile.read_header(descriptor, where, max_tensors)
+        if METADATA_KEY not in header.metadata:
+            raise CheckpointFormatError(f"{where}: has no manifest, so moka.save_adapter did not write it")
+        manifest = Manifest.from_text(header.metadata[METADATA_KEY], where)
+        existing = getattr(model, "moka_config", {}).get(adapter_name)
+        if existing is not None:
+            layout.check_fields(where, manifest.config, portable(existing, list(manifest.shapes)))
+        try:
+            targets = find_targets(model, manifest.config)
+            expected = layout.expected_tensors(model, manifest.config, targets)
+        except (InjectionError, ConfigError) as error:
+            raise CheckpointMismatchError(f"{where}: does not fit this model: {error}") from error
+        layout.check_tensors(where, header.tensors, expected)
+        layout.check_shapes(where, manifest, targets)
+        base = fingerprint(model, layout.base_weights(targets))
+        if not allow_base_mismatch:
+            check_base(where, manifest.base, base)
+        data = safefile.read_all(descriptor, where, header)
+    tensors = safetensors.torch.load(data)
+    _check_values(where, tensors, manifest, allow_nonfinite)
+    _warn_if_stale(directory, manifest)
+    _apply(model, tensors, manifest.config, adapter_name)
+    return model
+
+
+def _refuse_pickles(directory: Path) -> None:
+    """A pickle in place of the safetensors file gets a better answer than "no such file"."""
+    found = [directory] if directory.is_file() else sorted(directory.glob("*"))
+    pickles = [path for path in found if path.suffix in PICKLES]
+    if pickles and not (directory / WEIGHTS).exists():
+        raise UnsafeFileError(
+            f"{pickles[0]}: a {pickles[0].suffix} file is a pickle, which can run any code when loaded; "
+            f"expected {WEIGHTS} in a directory, as moka.save_adapter writes it"
+        )
+
+
+def _checksums(tensors: dict[str, Tensor]) -> tuple[str, ...]:
+    """Of the bytes, name, dtype and shape of each tensor, in the order of the names."""
+    checksums = []
+    for name, tensor in sorted(tensors.items()):
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        checksums.append(digest.hexdigest()[:32])
+    return tuple(checksums)
+
+
+def _check_values(where: str, tensors: dict[str, Tensor], manifest: Manifest, allow_nonfinite: bool) -> None:
+    found = _checksums(tensors)
+    if len(found) != len(manifest.checksums):
+        raise CheckpointFormatError(f"{where}: {len(manifest.checksums)} checksums, expected {len(found)}")
+    for name, checksum, stored in zip(sorted(tensors), found, manifest.checksums, strict=True):
+        if checksum != stored:
+            raise CheckpointFormatError(f"{where}: tensor {name} is corrupt, its checksum does not match")
+        if not allow_nonfinite and not tensors[name].isfinite().all():
+            raise NonFiniteError(
+                f"{where}: {name} holds NaN or infinity; pass allow_nonfinite=True to load it"
+            )
+
+
+def _warn_if_stale(directory: Path, manifest: Manifest) -> None:
+    expected = manifest.adapter_config().encode()
+    try:
+        with safefile.open_untrusted(directory, CONFIG) as descriptor:
+            same = os.pread(descriptor, len(expected) + 1, 0) == expected
+    except FileNotFoundError:
+        return
+    if not same:
+        warnings.warn(
+            f"{directory / CONFIG} differs from the configuration in {WEIGHTS}, which is the one in use; "
+            f"saving the adapter again writes both",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def _apply(model: nn.Module, tensors: dict[str, Tensor], config: MokaConfig, adapter_name: str) -> None:
+    """Injects the adapter unless it is there, and copies the values; an interrupt undoes both."""
+    with contextlib.ExitStack() as undo:
+        if adapter_name not in getattr(model, "moka_config", {}):
+            active = active_adapters(model)
+            inject(model, config, adapter_name)
+            undo.callback(_remove, model, adapter_name, active)
+        current = layout.current_tensors(model, config, find_targets(model, config), adapter_name)
+        for name, tensor in tensors.items():
+            undo.callback(current[name].copy_, current[name].clone())
+            current[name].copy_(tensor)
+        undo.pop_all()
+
+
+def _remove(model: Any, adapter_name: str, active: list[str]) -> None:
+    if len(model.moka_config) == 1:
+        eject(model)
+        return
+    for layer in adapter_layers(model).values():
+        layer.delete_adapter(adapter_name)
+    for module in saved_modules(model).values():
+        if adapter_name in module.modules_to_save:
+            module.delete_adapter(adapter_name)
+    del model.moka_config[adapter_name]
+    set_adapter(model, active)

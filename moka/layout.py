@@ -1,0 +1,150 @@
+"""The tensors of an adapter: names, shapes, dtypes; and whether a file holds those that a model needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .bases import weight_of
+from .config import MokaConfig
+from .errors import CheckpointMismatchError, ConfigError, StateError
+from .layers import MokaLinear, TrainedCopy
+from .manifest import Manifest
+from .nf4 import NF4Weight
+from .safefile import TensorEntry
+from .targets import Target, find_modules_to_save, walk
+
+PREFIX = "base_model.model."  # as in peft's files
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+#: What an existing adapter must share with a file; the other fields may change between training runs.
+SHAPING = ("r", "shapes", "gate", "scale", "r_pattern", "modules_to_save", "adapter_dtype")
+MAX_NAMES = 10
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def expected_tensors(model: nn.Module, config: MokaConfig, targets: list[Target]) -> Layout:
+    """Name -> shape and dtype of each tensor that the file of an adapter must hold.
+
+    Raises:
+        ConfigError: a module of `modules_to_save` holds tensors that are not floating point.
+    """
+    dtype = getattr(torch, config.adapter_dtype)
+    layout: Layout = {}
+    for target in targets:
+        prefix = f"{PREFIX}{target.path}."
+        layout[prefix + "moka_A"] = (sum(s.a_numel for s in target.shapes),), dtype
+        layout[prefix + "moka_B"] = (sum(s.b_numel for s in target.shapes),), dtype
+        if config.gate != "none":
+            layout[prefix + "moka_gate"] = (len(target.shapes),), torch.float32
+    for path, module in _modules_to_save(model, config, targets):
+        original = module.original_module if isinstance(module, TrainedCopy) else module
+        for name, tensor in original.state_dict().items():
+            if not tensor.is_floating_point():
+                raise ConfigError(
+                    f"modules_to_save: {path}.{name} is {tensor.dtype}, expected floating point"
+                )
+            layout[f"{PREFIX}{path}.{name}"] = tuple(tensor.shape), tensor.dtype
+    # a side whose factors are all identities has no entries, and no place in the file
+    return {name: entry for name, entry in layout.items() if 0 not in entry[0]}
+
+
+def current_tensors(
+    model: nn.Module, config: MokaConfig, targets: list[Target], adapter_name: str
+) -> dict[str, Tensor]:
+    """Name in the file -> tensor of the adapted model, sharing memory."""
+    tensors = {}
+    for target in targets:
+        for table in MokaLinear.adapter_layer_names:
+            parameters = getattr(target.module, table)
+            if adapter_name in parameters:
+                tensors[f"{PREFIX}{target.path}.{table}"] = parameters[adapter_name].detach()
+    for path, module in _modules_to_save(model, config, targets):
+        assert isinstance(module, TrainedCopy)  # the model is adapted
+        for name, tensor in module.modules_to_save[adapter_name].state_dict().items():
+            tensors[f"{PREFIX}{path}.{name}"] = tensor
+    return tensors
+
+
+def base_weights(targets: list[Target]) -> list[NF4Weight | Tensor]:
+    """The frozen weights of the adapted layers, in the order of their paths.
+
+    Raises:
+        StateError: an adapter is merged into them.
+    """
+    layers = [target.module for target in sorted(targets, key=lambda target: target.path)]
+    for layer in layers:
+        if isinstance(layer, MokaLinear) and layer.merged_adapters:
+            raise StateError(
+                f"adapters {layer.merged_adapters} are merged into the base; call moka.unmerge first"
+            )
+    return [weight_of(layer.base_layer if isinstance(layer, MokaLinear) else layer) for layer in layers]
+
+
+def check_fields(where: str, stored: MokaConfig, existing: MokaConfig) -> None:
+    """The adapter that is in the model must be of the same kind as the one in the file.
+
+    Raises:
+        CheckpointMismatchError: naming the fields with both values.
+    """
+    listed = [
+        f"{name} {getattr(stored, name)!r} (in the model {getattr(existing, name)!r})"
+        for name in SHAPING
+        if getattr(stored, name) != getattr(existing, name)
+    ]
+    if listed:
+        raise CheckpointMismatchError(
+            f"{where}: differs from the adapter in the model: {', '.join(listed)}; load it under another name"
+        )
+
+
+def check_tensors(where: str, found: dict[str, TensorEntry], layout: Layout) -> None:
+    """The file must hold exactly the tensors of `layout`.
+
+    Raises:
+        CheckpointMismatchError: with at most `MAX_NAMES` names of each kind.
+    """
+    wrong = {
+        "missing": [name for name in layout if name not in found],
+        "unexpected": [repr(name)[:200] for name in found if name not in layout],
+        "of another shape or dtype": [
+            f"{name} {found[name].dtype} {list(found[name].shape)} (expected {DTYPES[dtype]} {list(shape)})"
+            for name, (shape, dtype) in layout.items()
+            if name in found and (found[name].dtype, found[name].shape) != (DTYPES[dtype], shape)
+        ],
+    }
+    parts = [
+        f"{len(names)} {kind}: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}"
+        for kind, names in wrong.items()
+        if names
+    ]
+    if parts:
+        raise CheckpointMismatchError(
+            f"{where}: does not fit this model; tensors {'; '.join(parts)}. "
+            f"Load it into the model it was trained on"
+        )
+
+
+def check_shapes(where: str, manifest: Manifest, targets: list[Target]) -> None:
+    """The components must agree too: tensors of one size fit several shapes.
+
+    Raises:
+        CheckpointMismatchError: naming the layer and both shapes.
+    """
+    for target in targets:
+        if (stored := manifest.shapes.get(target.path)) != target.shapes:
+            got, expected = ([str(s) for s in shapes or ()][:MAX_NAMES] for shapes in (stored, target.shapes))
+            raise CheckpointMismatchError(
+                f"{where}: {target.path} has the components {got}, its configuration gives {expected}"
+            )
+
+
+def _modules_to_save(
+    model: nn.Module, config: MokaConfig, targets: list[Target]
+) -> Iterator[tuple[str, nn.Module]]:
+    paths = {
+        module: path for path, module in reversed(list(walk(model)))
+    }  # the first path of a shared module
+    for module in find_modules_to_save(model, config, targets):
+        yield paths[module], module

@@ -1,0 +1,159 @@
+"""The manifest: everything an adapter file says about itself, as one JSON text in the safetensors metadata.
+
+    {"config": {...}, "base": {...}, "shapes": [[component, ...], ...], "layers": {path: index into shapes},
+     "checksums": [one per tensor, in the order of their names], "digest": of all that}
+
+It comes from an untrusted file, so nothing in it is run, imported or matched as a regular expression.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .config import FORMAT_VERSION, MokaConfig
+from .errors import CheckpointFormatError, UnsafeFileError
+from .safefile import strict_json
+from .shapes import KronShape
+
+BASE_FIELDS = ("model_type", "name_or_path", "task_type", "quantization", "digest")
+LITERAL = re.compile(r"[\w.-]+")  # matches itself alone, and costs nothing to match
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an adapter file says about itself.
+
+    Attributes:
+        config: free of regular expressions, see `portable`.
+        base: `BASE_FIELDS`, see `moka.fingerprint`.
+        shapes: path of each adapted layer -> its components.
+        checksums: one per tensor, in the order of their names.
+    """
+
+    config: MokaConfig
+    base: dict[str, str]
+    shapes: dict[str, tuple[KronShape, ...]]
+    checksums: tuple[str, ...]
+
+    def to_text(self) -> str:
+        """The manifest as JSON; equal manifests give equal text."""
+        kinds = list(dict.fromkeys(self.shapes.values()))
+        body = {
+            "config": self.config.to_dict(),
+            "base": self.base,
+            "shapes": kinds,
+            "layers": {path: kinds.index(shapes) for path, shapes in self.shapes.items()},
+            "checksums": self.checksums,
+        }
+        return _dumps({**body, "digest": _digest(body)})
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Manifest:
+        """Reads and checks a manifest.
+
+        Raises:
+            CheckpointFormatError: damaged, or not a manifest.
+            UnsafeFileError: the configuration names code or holds a regular expression.
+            ConfigError: a value is out of range, or the format is newer than this moka.
+        """
+        body = strict_json(text, where)
+        expected = {"config", "base", "shapes", "layers", "checksums", "digest"}
+        if not isinstance(body, dict) or body.keys() != expected:
+            raise CheckpointFormatError(f"{where}: the manifest must have the fields {sorted(expected)}")
+        if body.pop("digest") != _digest(body):
+            raise CheckpointFormatError(f"{where}: the manifest is corrupt, its digest does not match")
+        base, kinds, layers, checksums = (body[key] for key in ("base", "shapes", "layers", "checksums"))
+        if (
+            not isinstance(base, dict)
+            or base.keys() != set(BASE_FIELDS)
+            or not all(isinstance(value, str) for value in (*base.values(), *_list(checksums)))
+            or not all(_is_shape(shape) for kind in _list(kinds) for shape in _list(kind))
+            or not isinstance(layers, dict)
+            or not all(type(i) is int and 0 <= i < len(_list(kinds)) for i in layers.values())
+            or not isinstance(checksums, list)
+        ):
+            raise CheckpointFormatError(f"{where}: the manifest has a field of the wrong type")
+        shapes = {path: tuple(KronShape(*shape) for shape in kinds[index]) for path, index in layers.items()}
+        return cls(_read_config(body["config"], where), base, shapes, tuple(checksums))
+
+    def adapter_config(self) -> str:
+        """The text of `adapter_config.json`, with the fields that peft and model hubs look for."""
+        hub = {
+            "peft_type": "MOKA",
+            "task_type": self.base["task_type"] or None,
+            "base_model_name_or_path": self.base["name_or_path"],
+            "inference_mode": True,
+        }
+        return json.dumps({**hub, **self.config.to_dict()}, indent=2) + "\n"
+
+
+def portable(config: MokaConfig, paths: list[str]) -> MokaConfig:
+    """The configuration with every regular expression replaced by the paths it selected.
+
+    Args:
+        config: as given to `inject`.
+        paths: of the layers it adapted.
+    """
+    changes: dict[str, Any] = {}
+    targets, exclude = config.target_modules, config.exclude_modules
+    if isinstance(exclude, str) or (isinstance(targets, str) and targets != "all-linear"):
+        changes |= {"target_modules": tuple(paths), "exclude_modules": ()}
+    # the first key that matches the end of a path counts, so the longest path comes first
+    longest_first = sorted(paths, key=len, reverse=True)
+    if not _is_literal(config.r_pattern):
+        changes["r_pattern"] = {path: config.r_for(path) for path in longest_first}
+    if isinstance(config.shapes, Mapping) and not _is_literal(config.shapes):
+        changes["shapes"] = {path: config.shapes_for(path) for path in longest_first}
+    return replace(config, **changes)
+
+
+def _read_config(values: Any, where: str) -> MokaConfig:
+    if not isinstance(values, dict):
+        raise CheckpointFormatError(f"{where}: the configuration is not a table")
+    known = {"format_version", *(field.name for field in fields(MokaConfig))}
+    if values.get("format_version") == FORMAT_VERSION and (unknown := sorted(values.keys() - known)):
+        raise UnsafeFileError(
+            f"{where}: configuration field {unknown[0]!r} is unknown; moka follows no other name in a file"
+        )
+    config = MokaConfig.from_dict(values)
+    for name, literal in (
+        (
+            "target_modules",
+            config.target_modules == "all-linear" or not isinstance(config.target_modules, str),
+        ),
+        ("exclude_modules", not isinstance(config.exclude_modules, str)),
+        ("r_pattern", _is_literal(config.r_pattern)),
+        ("shapes", not isinstance(config.shapes, Mapping) or _is_literal(config.shapes)),
+    ):
+        if not literal:
+            raise UnsafeFileError(
+                f"{where}: configuration field {name!r} is a regular expression, expected module names; "
+                f"matching one from an untrusted file can take forever"
+            )
+    return config
+
+
+def _is_literal(patterns: Mapping[str, Any]) -> bool:
+    return all(LITERAL.fullmatch(key) for key in patterns)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 5 and all(type(size) is int for size in value)
+
+
+def _list(value: Any) -> list:
+    """The list itself, or one that fails every check of its items."""
+    return value if isinstance(value, list) else [None]
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(_dumps(body).encode()).hexdigest()
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
