@@ -5,9 +5,9 @@ weight:
 
 1. *exact*: inputs for which no rounding happens (`integers`) must give `torch.equal` results;
 2. *norms*: relF = |y - r|_F / |r|_F and maxN = max|y - r| / max|r| stay under `LIMITS`;
-3. *ratio*: the error is at most twice that of the plain PyTorch formula in the same dtype, plus a floor: one
-   unit roundoff in 16 bits; three in fp32, since alpha * A * B * x alone has three roundings and the plain
-   formula may be exact by luck on one element. In fp64 the reference has that error itself: no ratio.
+3. *ratio*: the error is at most twice that of the plain PyTorch formula in the same dtype, plus one unit
+   roundoff. Not for fewer than `FEW` elements, where the plain formula may be exact by luck, nor in fp64,
+   where the reference has that error itself.
 
 Elementwise relative error is not used: under cancellation it is unbounded for correct code.
 """
@@ -19,14 +19,14 @@ import math
 import torch
 from torch import Tensor
 
-#: dtype -> (unit roundoff u, relF limit in u, maxN limit in u, floor of the ratio in u)
+#: dtype -> (unit roundoff u, relF limit in u, maxN limit in u)
 LIMITS = {
-    torch.float64: (2.0**-53, 64.0, 128.0, math.inf),
-    torch.float32: (2.0**-24, 16.0, 32.0, 3.0),
-    torch.float16: (2.0**-11, 0.75, 2.0, 1.0),
-    torch.bfloat16: (2.0**-8, 0.75, 2.0, 1.0),
+    torch.float64: (2.0**-53, 64.0, 128.0),
+    torch.float32: (2.0**-24, 16.0, 32.0),
+    torch.float16: (2.0**-11, 0.75, 2.0),
+    torch.bfloat16: (2.0**-8, 0.75, 2.0),
 }
-#: relF averages over elements; below this many it is held to the limit of a single one
+#: relF averages over elements: below this many it is held to the limit of a single one
 FEW = 32
 
 
@@ -69,20 +69,24 @@ def assert_close_by_rule(
     assert actual.dtype == dtype, f"dtype {actual.dtype}, expected {dtype}"
     if actual.numel() == 0:
         return
-    u, *limits, floor = LIMITS[dtype]
+    u, *limits = LIMITS[dtype]
     if dtype in (torch.float16, torch.bfloat16):
         limits[0] *= math.sqrt(roundings)
     elif dtype == torch.float32 and reduces_tokens:
         limits = [2 * limit for limit in limits]
-    if actual.numel() < FEW:
+    few = actual.numel() < FEW
+    if few:
         limits[0] = max(limits)
     eager = errors(same_dtype_eager, float64_reference)
     for name, got, limit, plain in zip(
         ("relF", "maxN"), errors(actual, float64_reference), limits, eager, strict=True
     ):
         assert got <= limit * u, f"{name}: {got / u:.2f} u, limit {limit:.2f} u ({dtype})"
-        ratio = 2 * plain + floor * u
-        assert got <= ratio, f"{name}: {got / u:.2f} u, limit {ratio / u:.2f} u by plain PyTorch ({dtype})"
+        if not few and dtype != torch.float64:
+            ratio = 2 * plain + u
+            assert got <= ratio, (
+                f"{name}: {got / u:.2f} u, limit {ratio / u:.2f} u by plain PyTorch ({dtype})"
+            )
 
 
 def integers(*shape: int, low: int = -2, high: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -6,6 +6,10 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <initializer_list>
+#include <tuple>
+
 #include "../checks.h"
 #include "../kernels/kron_kernels.h"
 
