@@ -17,11 +17,11 @@ CASES = {
     "primes": [(17, 31, 13, 2), (13, 1, 17, 62)],
     "row_and_column": [(1, 7, 33, 9), (33, 1, 1, 63), (1, 63, 33, 1)],
     "vector_edges": [(15, 33, 17, 3), (17, 3, 15, 33), (15, 33, 17, 3)],
-    "both_orders": [(4, 32, 32, 4), (32, 4, 4, 32), (16, 16, 8, 8)] * 2,
+    "both_orders": [(4, 32, 24, 4), (24, 4, 4, 32), (12, 16, 8, 8)] * 2,
     "identity_a": [(6, 6, 4, 5, 1), (3, 3, 8, 10, 1)],
     "identity_b": [(4, 5, 6, 6, 2), (12, 15, 2, 2, 2)],
     "identity_repeated": [(6, 6, 4, 5, 1), (4, 5, 6, 6, 2), (6, 6, 4, 5, 1), (4, 5, 6, 6, 2), (4, 10, 6, 3)],
-    "long_chain": [(40, 24, 20, 30)],
+    "long_chain": [(20, 24, 10, 30)],
 }
 
 
@@ -31,6 +31,18 @@ def isa(request):
     if not _C.set_cpu_isa(request.param):
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
+    _C.set_cpu_isa("auto")
+
+
+@pytest.fixture(
+    params=[("auto", d) for d in DTYPES] + [(i, torch.float32) for i in ("scalar", "avx2", "avx512")]
+)
+def dtype(request):
+    """Each dtype once; fp32, in which the others but fp64 are computed, by each instruction set."""
+    name, dtype = request.param
+    if not _C.set_cpu_isa(name):
+        pytest.skip(f"this CPU has no {name}")
+    yield dtype
     _C.set_cpu_isa("auto")
 
 
@@ -100,17 +112,15 @@ def test_specification(name):
     torch.testing.assert_close(reference.kron_mixture(m.x, *m.params, m.shapes), m.x @ dense.T)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_mix(name, dtype, isa):
+def test_mix(name, dtype):
     for tokens in (1, 3, 20):
         Mixture(CASES[name], tokens, dtype).check_mix()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_grad(name, dtype, isa):
-    for tokens in (1, 7, 150):  # with 150 most of these small cases go through panels of G
+def test_grad(name, dtype):
+    for tokens in (1, 7, 50):  # with 50 most of these small cases go through panels of G
         Mixture(CASES[name], tokens, dtype, make=shifted).check_grad()
 
 
@@ -121,11 +131,10 @@ def test_16_bit_factors(param_dtype):
     m.check_grad()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_exact(name, dtype, isa):
+def test_exact(name, dtype):
     """Small integers, gates that are powers of two: no rounding but the last, so bits must agree."""
-    for tokens in (1, 9, 40):
+    for tokens in (1, 30):
         m = Mixture(CASES[name], tokens, dtype, make=integers)
         W = m.dense()
         assert torch.equal(m.mix(m.x), (m.x.double() @ W.T).to(dtype))
@@ -136,9 +145,8 @@ def test_exact(name, dtype, isa):
         assert torch.equal(m.add_to(weight), (weight.double() + W).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_add_to_weight(name, dtype, isa):
+def test_add_to_weight(name, dtype):
     m = Mixture(CASES[name], 1, dtype)
     weight = torch.randn(m.N, m.K).to(dtype)
     expected = weight.double() + m.dense()
@@ -235,7 +243,7 @@ def test_repeats_are_equal(name):
         assert all(torch.equal(a, b) for a, b in zip((m.mix(m.x), *m.grad()), first, strict=True))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_any_shape(data):
     n_factors = st.lists(st.sampled_from([1, 2, 3, 5, 8, 16, 17]), min_size=2, max_size=3)
@@ -254,9 +262,9 @@ def test_any_shape(data):
     m.check_grad()
 
 
-@pytest.mark.parametrize("name", ["small_odd", "identity_repeated"])
+@pytest.mark.parametrize("name", ["one_component", "identity_repeated"])
 def test_gradcheck(name):
-    m = Mixture(CASES[name], 3, torch.float64)
+    m = Mixture(CASES[name], 2, torch.float64)
     inputs = [t.requires_grad_() for t in (m.x, *m.params)]
     assert torch.autograd.gradcheck(lambda *t: functional.kron_mixture(*t, m.shapes), inputs)
 
