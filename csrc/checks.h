@@ -71,8 +71,8 @@ inline void check_last_dim(const char* name, const at::Tensor& t, int64_t expect
 
 // Factors may be fp32 beside any activation dtype, or of that dtype itself.
 inline void check_factors(const Mixture& mix, const at::Tensor& A, const at::Tensor& B, const at::Tensor& alpha,
-                          const at::Tensor& like, const char* like_name) {
-  check_dtype("A", A, {at::kFloat, like.scalar_type()});
+                          at::ScalarType dtype, const at::Tensor& like, const char* like_name) {
+  check_dtype("A", A, {at::kFloat, dtype});
   TORCH_CHECK_TYPE(B.scalar_type() == A.scalar_type(), "B: expected dtype ", A.scalar_type(), " like A, got ",
                    B.scalar_type());
   check_dtype("alpha", alpha, {at::kFloat, A.scalar_type()});
@@ -84,6 +84,23 @@ inline void check_factors(const Mixture& mix, const at::Tensor& A, const at::Ten
   check_device("alpha", alpha, like_name, like);
 }
 
+inline void check_factors(const Mixture& mix, const at::Tensor& A, const at::Tensor& B, const at::Tensor& alpha,
+                          const at::Tensor& like, const char* like_name) {
+  check_factors(mix, A, B, alpha, like.scalar_type(), like, like_name);
+}
+
+// A bias is added before the one rounding to x's dtype, so it may be fp32 beside a 16-bit x.
+inline void check_bias(const at::Tensor& bias, int64_t out, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == out, "bias: expected shape [", out, "], got ", bias.sizes());
+  check_dtype("bias", bias, {at::kFloat, x.scalar_type()});
+  check_device("bias", bias, "x", x);
+}
+
+inline void check_blocksize(int64_t blocksize) {
+  TORCH_CHECK_VALUE(blocksize >= 2 && blocksize % 2 == 0, "blocksize: expected a positive even number, got ",
+                    blocksize);
+}
+
 // The NF4 weight's tensors, made contiguous and checked; keep it alive while `params` is used.
 struct Nf4Args {
   at::Tensor packed, absmax, absmax2, code2, offset;
@@ -93,8 +110,7 @@ struct Nf4Args {
           const std::optional<at::Tensor>& code2_, const std::optional<at::Tensor>& offset_, int64_t blocksize,
           int64_t blocksize2, int64_t N, int64_t K) {
     const bool nested = absmax2_.has_value();
-    TORCH_CHECK_VALUE(blocksize >= 2 && blocksize % 2 == 0, "blocksize: expected a positive even number, got ",
-                      blocksize);
+    check_blocksize(blocksize);
     TORCH_CHECK_VALUE(N >= 0 && K >= 0, "N, K: expected sizes of at least 0, got ", N, ", ", K);
     const int64_t numel = N * K, blocks = (numel + blocksize - 1) / blocksize;
     packed = packed_.contiguous().view(at::kByte).view(-1);  // bitsandbytes may store the bytes as bf16, fp16 or fp32

@@ -34,7 +34,7 @@ constexpr float kNf4Bounds[15] = {
 };
 #undef MOKA_BOUND
 
-constexpr int kNf4Zero = 7;                 // the code of 0, which fills the unused nibble of an odd-sized weight
+constexpr int kNf4Zero = 7;                   // the code of 0, which fills the unused nibble of an odd-sized weight
 constexpr float kNf4SmallestAbsmax = 1e-38f;  // a block's absmax is raised to this before dividing by it
 
 }  // namespace moka

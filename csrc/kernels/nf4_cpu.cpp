@@ -26,7 +26,8 @@ int64_t stride_of(int64_t period) { return period % kLanes == 0 ? period : perio
 
 int64_t repeated_size(const KronParams& params) {
   int64_t size = 0;
-  for (int64_t i = 0; i < params.r; ++i) size += params.components[i].mb * stride_of(period_of(params.components[i].nb));
+  for (int64_t i = 0; i < params.r; ++i)
+    size += params.components[i].mb * stride_of(period_of(params.components[i].nb));
   return size;
 }
 
@@ -61,7 +62,8 @@ Nf4Mixture::Nf4Mixture(const KronParams& params, const float* A, const float* B,
       term.b = next;
       for (int64_t ib = 0; ib < c.mb; ++ib, next += term.b_stride) {
         const float* from = B + c.b_offset + ib * c.nb;
-        for (int64_t j = 0; j < term.b_stride; j += c.nb) std::copy_n(from, std::min(c.nb, term.b_stride - j), next + j);
+        for (int64_t j = 0; j < term.b_stride; j += c.nb)
+          std::copy_n(from, std::min(c.nb, term.b_stride - j), next + j);
       }
     }
     (c.identity == Identity::kNone ? dense : identity).push_back(term);

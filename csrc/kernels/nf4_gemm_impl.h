@@ -61,15 +61,14 @@ void linear(const Nf4Params& w, const Nf4Mixture* mixture, const float* x, int64
   }
 }
 
-// dx[m, :] += sum_r dy[m, r] tile[r, :] for kVecs vectors of columns, of which the last holds `lanes` columns
+// dx[m, :] += sum_r dy[m, r] tile[r, :] for kVecs vectors of columns, of which the last holds `lanes` columns. The
+// tile is summed by itself first: adding row by row to dx would round N times instead of N / kTileRows times.
 template <int kTokens, int kVecs>
 MOKA_INLINE void add_tile(const float* tile, int rows, const float* dy, int64_t ldy, float* dx, int64_t ldx,
                           int lanes) {
   Vec acc[kTokens][kVecs];
   for (int m = 0; m < kTokens; ++m)
-    for (int v = 0; v < kVecs; ++v)
-      acc[m][v] = v + 1 < kVecs || lanes == kWidth ? load(dx + m * ldx + v * kWidth)
-                                                   : load(dx + m * ldx + v * kWidth, lanes);
+    for (int v = 0; v < kVecs; ++v) acc[m][v] = zero();
   for (int r = 0; r < rows; ++r) {
     Vec w[kVecs];
     for (int v = 0; v < kVecs; ++v) w[v] = load(tile + r * Tile::kStride + v * kWidth);
@@ -80,10 +79,11 @@ MOKA_INLINE void add_tile(const float* tile, int rows, const float* dy, int64_t 
   }
   for (int m = 0; m < kTokens; ++m)
     for (int v = 0; v < kVecs; ++v) {
+      float* to = dx + m * ldx + v * kWidth;
       if (v + 1 < kVecs || lanes == kWidth)
-        store(dx + m * ldx + v * kWidth, acc[m][v]);
+        store(to, add(load(to), acc[m][v]));
       else
-        store(dx + m * ldx + v * kWidth, acc[m][v], lanes);
+        store(to, add(load(to, lanes), acc[m][v]), lanes);
     }
 }
 

@@ -142,18 +142,14 @@ void dequantize(const Nf4Params& w, const Nf4Mixture* mixture, int64_t row_begin
   }
 }
 
-// Bit patterns of |v| order like the values, and a NaN is above everything, as torch's max has it.
-MOKA_INLINE float block_absmax(const float* v, int n) {
-  uint32_t most = 0;
+MOKA_INLINE uint32_t most_bits(const float* v, int n, uint32_t most) {
   for (int i = 0; i < n; ++i) {
     uint32_t bits;
     __builtin_memcpy(&bits, v + i, 4);
     bits &= 0x7fffffff;
     most = bits > most ? bits : most;
   }
-  float absmax;
-  __builtin_memcpy(&absmax, &most, 4);
-  return absmax;
+  return most;
 }
 
 // A full block is multiplied by the reciprocal, and keeps its absmax; a last, partial block is divided, and its absmax
@@ -174,12 +170,14 @@ void quantize(const T* w, int64_t numel, int64_t blocksize, int64_t block_begin,
     const int64_t begin = block * blocksize;
     const bool full = begin + blocksize <= numel;
     const int64_t end = full ? begin + blocksize : numel;
-    float most = 0;
+    uint32_t bits =
+        0;  // of the largest |w|: bit patterns order like the values, a NaN above all, as torch's max has it
     for (int64_t at = begin; at < end; at += kChunk) {
       read(at, chunk(end - at));
-      const float here = block_absmax(v, chunk(end - at));
-      most = here <= most ? most : here;
+      bits = most_bits(v, chunk(end - at), bits);
     }
+    float most;
+    __builtin_memcpy(&most, &bits, 4);
     const float divisor = most < kNf4SmallestAbsmax ? kNf4SmallestAbsmax : most, reciprocal = 1.0f / divisor;
     absmax[block] = full ? most : divisor;
     for (int64_t at = begin; at < end; at += kChunk) {
@@ -192,6 +190,7 @@ void quantize(const T* w, int64_t numel, int64_t blocksize, int64_t block_begin,
         for (int t = 0; t < 15; ++t) code += !(scaled <= kNf4Bounds[t]);
         codes[i] = code;
       }
+      if (n % 2) codes[n] = kNf4Zero;
       for (int i = 0; i < n; i += 2) packed[(at + i) / 2] = static_cast<uint8_t>(codes[i] << 4 | codes[i + 1]);
     }
   }

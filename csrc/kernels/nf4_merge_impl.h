@@ -79,8 +79,8 @@ MOKA_INLINE void add_identity(const Nf4Mixture::Term& term, int64_t n, int64_t c
 }
 
 // tile[0 : rows, 0 : cols] belongs to W[row.., col..]; its rows are padded to a multiple of 16 columns.
-void add_mixture(const Nf4Mixture& mixture, Nf4SpreadRows& spread, int64_t row, int rows, int64_t col, int64_t spread_col,
-                 int cols, float* tile, int64_t stride) {
+void add_mixture(const Nf4Mixture& mixture, Nf4SpreadRows& spread, int64_t row, int rows, int64_t col,
+                 int64_t spread_col, int cols, float* tile, int64_t stride) {
   const size_t count = mixture.dense.size();
   const Nf4Mixture::Term* terms = mixture.dense.data();
   size_t t = 0;

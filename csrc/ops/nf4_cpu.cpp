@@ -1,48 +1,156 @@
-// NF4 operators on the CPU.
+// NF4 operators on the CPU: quantize, dequantize and multiply, with a Kronecker mixture merged into the decoded weight
+// or added by the factored path. Threads take ranges of blocks, rows or columns; the arithmetic is in kernels/nf4_*.
+#include "../kernels/nf4_cpu.h"
+
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <memory>
+#include <tuple>
+
 #include "../checks.h"
-#include "kron_dense.h"
+#include "../kernels/kron_kernels.h"
+#include "choose.h"
+#include "kron_cpu.h"
 
 namespace moka {
 namespace {
 
-constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+constexpr int64_t kRowGrain = 8, kBlockGrain = 256;  // the least work worth handing to another thread
 
-at::Tensor dequant(const Nf4Args& w) {
-  const auto& p = w.params;
-  const int64_t n = p.N * p.K;
-  at::Tensor out = at::empty({p.N, p.K}, at::kFloat);
-  float* o = out.data_ptr<float>();
-  for (int64_t e = 0; e < n; ++e) {
-    const uint8_t b = p.packed[e / 2];
-    const int64_t blk = e / p.blocksize;
-    float s;
-    if (p.absmax) s = p.absmax[blk];
-    else { volatile float t = p.code2[p.absmax_q[blk]] * p.absmax2[blk / p.blocksize2]; s = t + *p.offset; }
-    o[e] = kNf4[e % 2 ? b & 15 : b >> 4] * s;
+const auto kFloats = {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble};
+
+at::ScalarType compute_type(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Calls f(begin, end) for a split of [0, size) into a few ranges that start at multiples of `step`.
+template <class F>
+void split(int64_t size, int64_t step, const F& f) {
+  at::parallel_for(0, (size + step - 1) / step, 1,
+                   [&](int64_t begin, int64_t end) { f(begin * step, std::min(size, end * step)); });
+}
+
+// W, or W' = W + sum_i alpha_i (A_i kron B_i), decoded a range of rows at a time.
+class DecodedWeight {
+ public:
+  explicit DecodedWeight(const Nf4Params& w) : w_(w) {}
+
+  // From now on the rows include the mixture, added in `compute` (fp32 or fp64).
+  void merge(const Mixture& mix, const at::Tensor& A, const at::Tensor& B, const at::Tensor& alpha,
+             at::ScalarType compute) {
+    for (const auto& [held, given] : {std::pair{&A_, &A}, {&B_, &B}, {&alpha_, &alpha}})
+      *held = given->to(compute).contiguous();
+    if (compute == at::kDouble)
+      plan_ = plan_kron<double>(mix.params(), A_.const_data_ptr<double>(), B_.const_data_ptr<double>(),
+                                alpha_.const_data_ptr<double>(), KronUse::kDense);
+    else
+      mixture_ = std::make_unique<Nf4Mixture>(mix.params(), A_.const_data_ptr<float>(), B_.const_data_ptr<float>(),
+                                              alpha_.const_data_ptr<float>());
   }
-  return out;
+
+  // out [rows, K] = rows [row, row + rows), rounded once to out's dtype.
+  void rows(int64_t row, at::Tensor& out) const {
+    const auto fill = [&](auto kernel, auto* to) {
+      split(out.size(0), kRowGrain,
+            [&](int64_t begin, int64_t end) { kernel(w_, mixture_.get(), row + begin, row + end, to + begin * w_.K); });
+    };
+    const Nf4Kernels& kernels = nf4_kernels();
+    switch (out.scalar_type()) {
+      case at::kFloat:
+        return fill(kernels.dequantize_f32, out.data_ptr<float>());
+      case at::kBFloat16:
+        return fill(kernels.dequantize_bf16, reinterpret_cast<Bfloat16*>(out.data_ptr()));
+      case at::kHalf:
+        return fill(kernels.dequantize_f16, reinterpret_cast<Float16*>(out.data_ptr()));
+      default:
+        return rows_f64(row, out);
+    }
+  }
+
+ private:
+  void rows_f64(int64_t row, at::Tensor& out) const {
+    at::Tensor decoded = at::empty(out.sizes(), at::kFloat);
+    rows(row, decoded);
+    out.copy_(decoded);
+    const KronGroups<double> groups{plan_.groups.data(), (int64_t)plan_.groups.size(), w_.N, w_.K};
+    split(out.size(0), kRowGrain, [&](int64_t begin, int64_t end) {
+      active_kron_kernels<double>().add_dense(groups, out.data_ptr<double>() + begin * w_.K, row + begin, end - begin);
+    });
+  }
+
+  Nf4Params w_;
+  at::Tensor A_, B_, alpha_;
+  std::unique_ptr<Nf4Mixture> mixture_;
+  KronPlan<double> plan_;
+  friend at::Tensor fused_linear(const at::Tensor&, const DecodedWeight&, bool);
+};
+
+// y = x W'^T, or dx = dy W', for a few tokens of fp32.
+at::Tensor fused_linear(const at::Tensor& x, const DecodedWeight& weight, bool transpose) {
+  const Nf4Params& w = weight.w_;
+  const int64_t M = x.size(0), out = transpose ? w.K : w.N;
+  at::Tensor y = at::empty({M, out}, x.options());
+  const auto kernel = transpose ? nf4_kernels().linear_transposed : nf4_kernels().linear;
+  split(out, transpose ? kColumnStep : kRowGrain, [&](int64_t begin, int64_t end) {
+    kernel(w, weight.mixture_.get(), x.const_data_ptr<float>(), M, begin, end, y.data_ptr<float>());
+  });
+  return y;
+}
+
+// The same for any count: panels of rows of W' and one GEMM each.
+at::Tensor panel_linear(const at::Tensor& x, const DecodedWeight& weight, const Nf4Params& w, int64_t panel_rows,
+                        bool transpose) {
+  at::Tensor y = at::empty({x.size(0), transpose ? w.K : w.N}, x.options());
+  at::Tensor buffer = at::empty({std::min(panel_rows, w.N), w.K}, x.options());
+  for (int64_t row = 0; row < w.N; row += panel_rows) {
+    const int64_t rows = std::min(panel_rows, w.N - row);
+    at::Tensor panel = buffer.narrow(0, 0, rows);
+    weight.rows(row, panel);
+    if (!transpose) {
+      at::Tensor part = y.narrow(1, row, rows);
+      at::mm_out(part, x, panel.t());
+    } else if (row == 0) {
+      at::mm_out(y, x.narrow(1, row, rows), panel);
+    } else {
+      y.addmm_(x.narrow(1, row, rows), panel);
+    }
+  }
+  return y;
 }
 
 std::tuple<at::Tensor, at::Tensor> nf4_quantize(const at::Tensor& w, int64_t blocksize) {
-  at::Tensor f = w.contiguous().view(-1).to(at::kFloat);
-  const int64_t n = f.numel(), blocks = (n + blocksize - 1) / blocksize;
-  at::Tensor packed = at::zeros({(n + 1) / 2}, at::kByte), absmax = at::zeros({blocks}, at::kFloat);
-  const float* s = f.const_data_ptr<float>();
-  for (int64_t b = 0; b < blocks; ++b) {
-    float m = 0;
-    for (int64_t e = b * blocksize; e < std::min(n, (b + 1) * blocksize); ++e) m = std::max(m, std::abs(s[e]));
-    absmax.data_ptr<float>()[b] = m;
-    for (int64_t e = b * blocksize; e < std::min(n, (b + 1) * blocksize); ++e) {
-      const float v = m > 0 ? s[e] / m : 0;
-      int best = 0;
-      for (int c = 1; c < 16; ++c) if (std::abs(v - kNf4[c]) < std::abs(v - kNf4[best])) best = c;
-      packed.data_ptr<uint8_t>()[e / 2] |= e % 2 ? best : best << 4;
-    }
-  }
+  check_dtype("w", w, {at::kFloat, at::kBFloat16, at::kHalf});
+  check_blocksize(blocksize);
+  const at::Tensor flat = w.contiguous();
+  const int64_t numel = flat.numel(), blocks = (numel + blocksize - 1) / blocksize;
+  at::Tensor packed = at::empty({(numel + 1) / 2}, w.options().dtype(at::kByte));
+  at::Tensor absmax = at::empty({blocks}, w.options().dtype(at::kFloat));
+  const auto run = [&](auto kernel, const auto* from) {
+    at::parallel_for(0, blocks, kBlockGrain, [&](int64_t begin, int64_t end) {
+      kernel(from, numel, blocksize, begin, end, packed.data_ptr<uint8_t>(), absmax.data_ptr<float>());
+    });
+  };
+  const Nf4Kernels& kernels = nf4_kernels();
+  if (w.scalar_type() == at::kFloat)
+    run(kernels.quantize_f32, flat.const_data_ptr<float>());
+  else if (w.scalar_type() == at::kBFloat16)
+    run(kernels.quantize_bf16, reinterpret_cast<const Bfloat16*>(flat.const_data_ptr()));
+  else
+    run(kernels.quantize_f16, reinterpret_cast<const Float16*>(flat.const_data_ptr()));
   return {packed, absmax};
+}
+
+// The mixture's arguments, checked against the layer.
+Mixture parse_mixture(int64_t N, int64_t K, const at::Tensor& A, const std::optional<at::Tensor>& B,
+                      const std::optional<at::Tensor>& alpha, at::IntArrayRef shapes, at::ScalarType dtype,
+                      const at::Tensor& like, const char* like_name) {
+  TORCH_CHECK_VALUE(B && alpha, "A is given, so B and alpha are needed too");
+  const Mixture mix = parse_shapes(shapes);
+  check_factors(mix, A, *B, *alpha, dtype, like, like_name);
+  TORCH_CHECK_VALUE(mix.N == N && mix.K == K, "shapes: expected products of the weight's ", N, " x ", K, ", got ",
+                    mix.N, " x ", mix.K);
+  return mix;
 }
 
 at::Tensor nf4_dequantize(const at::Tensor& packed, const at::Tensor& absmax, const std::optional<at::Tensor>& absmax2,
@@ -50,9 +158,16 @@ at::Tensor nf4_dequantize(const at::Tensor& packed, const at::Tensor& absmax, co
                           int64_t blocksize, int64_t blocksize2, int64_t N, int64_t K, at::ScalarType dtype,
                           const std::optional<at::Tensor>& A, const std::optional<at::Tensor>& B,
                           const std::optional<at::Tensor>& alpha, at::IntArrayRef shapes) {
-  at::Tensor w = dequant(Nf4Args(packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K));
-  if (A) w = w.to(A->scalar_type() == at::kDouble ? at::kDouble : at::kFloat) + dense_mixture(*A, *B, *alpha, parse_shapes(shapes));
-  return w.to(dtype);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Nf4Args args(packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K);
+  at::Tensor out = at::empty({N, K}, packed.options().dtype(dtype));
+  check_dtype("dtype", out, kFloats);
+  DecodedWeight weight(args.params);
+  if (A)
+    weight.merge(parse_mixture(N, K, *A, B, alpha, shapes, dtype, packed, "packed"), *A, *B, *alpha,
+                 compute_type(dtype));
+  if (out.numel() > 0) weight.rows(0, out);
+  return out;
 }
 
 at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax,
@@ -61,11 +176,34 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
                       int64_t K, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& A,
                       const std::optional<at::Tensor>& B, const std::optional<at::Tensor>& alpha,
                       at::IntArrayRef shapes, bool transpose, c10::string_view path) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  check_dtype("x", x, kFloats);
+  check_device("packed", packed, "x", x);
   check_last_dim("x", x, transpose ? N : K);
-  at::Tensor w = nf4_dequantize(packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K,
-                                x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat, A, B, alpha, shapes);
-  at::Tensor y = at::matmul(x.to(w.scalar_type()), transpose ? w : w.t());
-  if (bias) y = y + bias->to(y.scalar_type());
+  const Nf4Args args(packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K);
+  const int64_t in = transpose ? N : K, out = transpose ? K : N;
+  if (bias) check_bias(*bias, out, x);
+  std::optional<Mixture> mix;
+  if (A) mix = parse_mixture(N, K, *A, B, alpha, shapes, x.scalar_type(), x, "x");
+
+  const at::ScalarType compute = compute_type(x.scalar_type());
+  const int64_t tokens = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
+  const Nf4Choice choice = choose_nf4_linear(tokens, N, K, compute, mix ? &*mix : nullptr, path);
+  auto sizes = x.sizes().vec();
+  sizes.back() = out;
+  at::Tensor y;
+  if (tokens == 0 || in == 0 || out == 0) {
+    y = at::zeros({tokens, out}, x.options().dtype(compute));
+  } else {
+    const at::Tensor rows = x.reshape({tokens, in}).to(compute).contiguous();
+    DecodedWeight weight(args.params);
+    if (choice.merged) weight.merge(*mix, *A, *B, *alpha, compute);
+    y = choice.fused ? fused_linear(rows, weight, transpose)
+                     : panel_linear(rows, weight, args.params, choice.panel_rows, transpose);
+  }
+  if (bias) y.add_(*bias);
+  y = y.view(sizes);
+  if (mix && !choice.merged) return kron_mix_cpu(x, *A, *B, *alpha, shapes, transpose, y);
   return y.to(x.scalar_type());
 }
 
