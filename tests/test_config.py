@@ -1,4 +1,4 @@
-"""MokaConfig: what it accepts, what it refuses with which words, and the component shapes that follow from it."""
+"""MokaConfig: what it accepts, what it refuses and how it says so; the component shapes that follow."""
 
 import dataclasses
 import json
@@ -64,9 +64,7 @@ def test_a_bad_value_is_named(field, value, expected):
 
 
 def test_unknown_key_names_the_nearest():
-    with pytest.raises(
-        ConfigError, match="unknown key 'target_module'; the nearest valid key is 'target_modules'"
-    ):
+    with pytest.raises(ConfigError, match="'target_module'; the nearest valid key is 'target_modules'"):
         MokaConfig.from_dict({"target_module": ["q_proj"]})
 
 
@@ -136,14 +134,10 @@ def entries(shapes):
 
 
 def test_balanced_shapes_are_the_papers():
-    one_set = [
-        (16, 256, 256, 16),
-        (32, 128, 128, 32),
-        (64, 64, 64, 64),
-        (128, 32, 32, 128),
-        (256, 16, 16, 256),
-    ]
-    assert [s[:4] for s in plan_shapes(4096, 4096, 10)] == one_set * 2
+    paper_A = [(16, 256), (32, 128), (64, 64), (128, 32), (256, 16)]
+    paper_B = paper_A[::-1]
+    assert [s[0:2] for s in plan_shapes(4096, 4096, 10)] == paper_A * 2
+    assert [s[2:4] for s in plan_shapes(4096, 4096, 10)] == paper_B * 2
     assert entries(plan_shapes(4096, 4096, 10)) == 81_920
     assert entries(plan_shapes(1024, 4096, 10)) == 40_960
 
@@ -162,10 +156,9 @@ def test_identity_components_do_not_collapse():
 
 
 def test_too_few_identity_sizes():
-    with pytest.raises(ConfigError, match=r"layer\.0: .*4 distinct components for 6 x 9.*r=10.*r_pattern"):
-        plan_shapes(6, 27, 5, "identity", module="layer.0") and plan_shapes(
-            6, 9, 10, "identity", module="layer.0"
-        )
+    assert len(plan_shapes(6, 9, 2, "identity")) == 2
+    with pytest.raises(ConfigError, match=r"a\.b: .*2 distinct components for 6 x 9.*r=3.*r_pattern"):
+        plan_shapes(6, 9, 3, "identity", module="a.b")
 
 
 @settings(deadline=None, max_examples=100)
@@ -179,8 +172,8 @@ def test_planned_shapes_fit_any_layer(N, K, r):
 def test_a_prime_dimension():
     with pytest.raises(ConfigError, match=r"layer\.0: out_features is 13, a prime.*strict=False"):
         plan_shapes(13, 64, module="layer.0")
-    with pytest.raises(ConfigError, match="in_features is 50257"):
-        plan_shapes(64, 50257)
+    with pytest.raises(ConfigError, match="in_features is 104729"):
+        plan_shapes(64, 104729)
     shape = plan_shapes(13, 64, 1, strict=False)[0]
     assert sorted((shape.ma, shape.mb)) == [1, 13]
     assert [n for n in range(30) if is_prime(n)] == [5, 7, 11, 13, 17, 19, 23, 29]
@@ -190,9 +183,7 @@ def test_a_prime_dimension():
 def test_explicit_shapes():
     shapes = plan_shapes(12, 8, 99, [(3, 2, 4, 4), (4, 4, 3, 2, 1)])
     assert shapes == (KronShape(3, 2, 4, 4), KronShape(4, 4, 3, 2, 1))
-    with pytest.raises(
-        ConfigError, match=r"a\.b: shape \(3, 2, 4, 2\) has the product 12 x 4.*expected 12 x 8"
-    ):
+    with pytest.raises(ConfigError, match=r"a\.b: .*4, 2\) has the product 12 x 4.*expected 12 x 8"):
         plan_shapes(12, 8, kind=[(3, 2, 4, 2)], module="a.b")
     with pytest.raises(ConfigError, match="identity factor must be square"):
         plan_shapes(12, 8, kind=[(3, 2, 4, 4, 1)])
