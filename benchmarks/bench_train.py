@@ -89,7 +89,7 @@ def main() -> None:
         calls = {name: step_call(model.train(), ids) for name, model in variants(base).items()}
         losses = {name: call(0).cpu().double() for name, call in calls.items()}
         timings = measure(calls, device, repeat_s=0.01 if args.quick else 5.0)
-    weights = [m.weight for m in base.modules() if isinstance(m, moka.layers.NF4Linear)]
+    weights = [m.nf4_weight() for m in base.modules() if isinstance(m, moka.layers.NF4Linear)]
     macs = sum(weight.shape[0] * weight.shape[1] for weight in weights)
     case = Case(
         "train_step",

@@ -69,16 +69,20 @@ def lora_layers(bases: Sequence[nn.Module], r: int) -> list[nn.Module]:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=r, lora_alpha=r, target_modules=["proj"])  # scale 1
-    layers = [inject_adapter_in_model(config, nn.ModuleDict({"proj": base}))["proj"] for base in bases]
-    first = next(iter(layers))
-    nn.init.normal_(first.lora_B["default"].weight, std=0.02)
-    for layer in layers:
-        layer.lora_A["default"].weight.data.copy_(first.lora_A["default"].weight.data)
-        layer.lora_B["default"].weight.data.copy_(first.lora_B["default"].weight.data)
+    layers = [module["proj"] for module in inject_adapter_in_model(config, _model(bases)).values()]
+    nn.init.normal_(layers[0].lora_B["default"].weight, std=0.02)
+    for layer in layers[1:]:
+        layer.lora_A["default"].weight.data.copy_(layers[0].lora_A["default"].weight.data)
+        layer.lora_B["default"].weight.data.copy_(layers[0].lora_B["default"].weight.data)
     return layers
 
 
 def moka_layers(bases: Sequence[nn.Module], path: str) -> list[nn.Module]:
     """`MokaLinear` with the paper's r = 10, balanced shapes and softmax gates on each base; no dropout."""
     config = moka.MokaConfig(target_modules=["proj"], r=10, dropout=0.0, path=path)
-    return [moka.inject(nn.ModuleDict({"proj": base}), config)["proj"] for base in bases]
+    return [module["proj"] for module in moka.inject(_model(bases), config).values()]
+
+
+def _model(bases: Sequence[nn.Module]) -> nn.ModuleDict:
+    """A model in which each base is called `proj`."""
+    return nn.ModuleDict({str(i): nn.ModuleDict({"proj": base}) for i, base in enumerate(bases)})
