@@ -38,7 +38,7 @@ from .inject import (
     saved_modules,
     set_adapter,
 )
-from .manifest import Manifest, portable
+from .manifest import Manifest, adapter_config_text, portable
 from .targets import find_targets
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -90,12 +90,13 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
                 f"{name} holds NaN or infinity; nothing was saved, train from the last good state"
             )
     shapes = {target.path: target.shapes for target in targets}
-    manifest = Manifest(config, base, shapes, _checksums(tensors))
+    copy = adapter_config_text(config, base).encode()
+    manifest = Manifest(config, base, shapes, _checksums(tensors), _checksum(copy))
     data = safetensors.torch.save(tensors, {METADATA_KEY: manifest.to_text()})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     safefile.write_atomic(directory / WEIGHTS, data)
-    safefile.write_atomic(directory / CONFIG, manifest.adapter_config().encode())
+    safefile.write_atomic(directory / CONFIG, copy)
 
 
 def load_adapter(
@@ -159,7 +160,7 @@ def load_adapter(
         data = safefile.read_all(descriptor, where, header)
     tensors = safetensors.torch.load(data)
     _check_values(where, tensors, manifest, allow_nonfinite)
-    _warn_if_stale(directory, manifest)
+    _warn_if_stale(directory, manifest.adapter_config)
     _apply(model, tensors, manifest.config, adapter_name)
     return model
 
@@ -177,12 +178,20 @@ def _refuse_pickles(directory: Path) -> None:
 
 def _checksums(tensors: dict[str, Tensor]) -> tuple[str, ...]:
     """Of the bytes, name, dtype and shape of each tensor, in the order of the names."""
-    checksums = []
-    for name, tensor in sorted(tensors.items()):
-        digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        checksums.append(digest.hexdigest()[:32])
-    return tuple(checksums)
+    return tuple(
+        _checksum(
+            f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(),
+            tensor.reshape(-1).view(torch.uint8).numpy().data,
+        )
+        for name, tensor in sorted(tensors.items())
+    )
+
+
+def _checksum(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:32]
 
 
 def _check_values(where: str, tensors: dict[str, Tensor], manifest: Manifest, allow_nonfinite: bool) -> None:
@@ -198,11 +207,10 @@ def _check_values(where: str, tensors: dict[str, Tensor], manifest: Manifest, al
             )
 
 
-def _warn_if_stale(directory: Path, manifest: Manifest) -> None:
-    expected = manifest.adapter_config().encode()
+def _warn_if_stale(directory: Path, expected: str) -> None:
     try:
         with safefile.open_untrusted(directory, CONFIG) as descriptor:
-            same = os.pread(descriptor, len(expected) + 1, 0) == expected
+            same = _checksum(os.pread(descriptor, safefile.MAX_HEADER_BYTES, 0)) == expected
     except FileNotFoundError:
         return
     if not same:

@@ -1,7 +1,8 @@
 """The manifest: everything an adapter file says about itself, as one JSON text in the safetensors metadata.
 
     {"config": {...}, "base": {...}, "shapes": [[component, ...], ...], "layers": {path: index into shapes},
-     "checksums": [one per tensor, in the order of their names], "digest": of all that}
+     "checksums": [one per tensor, in the order of their names], "adapter_config": checksum of that file,
+     "digest": of all that}
 
 It comes from an untrusted file, so nothing in it is run, imported or matched as a regular expression.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .config import FORMAT_VERSION, MokaConfig
-from .errors import CheckpointFormatError, UnsafeFileError
+from .errors import CheckpointFormatError, ConfigError, UnsafeFileError
 from .safefile import strict_json
 from .shapes import KronShape
 
@@ -33,12 +34,14 @@ class Manifest:
         base: `BASE_FIELDS`, see `moka.fingerprint`.
         shapes: path of each adapted layer -> its components.
         checksums: one per tensor, in the order of their names.
+        adapter_config: checksum of the `adapter_config.json` that was written with it.
     """
 
     config: MokaConfig
     base: dict[str, str]
     shapes: dict[str, tuple[KronShape, ...]]
     checksums: tuple[str, ...]
+    adapter_config: str
 
     def to_text(self) -> str:
         """The manifest as JSON; equal manifests give equal text."""
@@ -49,6 +52,7 @@ class Manifest:
             "shapes": kinds,
             "layers": {path: kinds.index(shapes) for path, shapes in self.shapes.items()},
             "checksums": self.checksums,
+            "adapter_config": self.adapter_config,
         }
         return _dumps({**body, "digest": _digest(body)})
 
@@ -62,16 +66,19 @@ class Manifest:
             ConfigError: a value is out of range, or the format is newer than this moka.
         """
         body = strict_json(text, where)
-        expected = {"config", "base", "shapes", "layers", "checksums", "digest"}
+        expected = {"config", "base", "shapes", "layers", "checksums", "adapter_config", "digest"}
         if not isinstance(body, dict) or body.keys() != expected:
             raise CheckpointFormatError(f"{where}: the manifest must have the fields {sorted(expected)}")
         if body.pop("digest") != _digest(body):
             raise CheckpointFormatError(f"{where}: the manifest is corrupt, its digest does not match")
-        base, kinds, layers, checksums = (body[key] for key in ("base", "shapes", "layers", "checksums"))
+        base, kinds, layers = body["base"], body["shapes"], body["layers"]
+        checksums, adapter_config = body["checksums"], body["adapter_config"]
         if (
             not isinstance(base, dict)
             or base.keys() != set(BASE_FIELDS)
-            or not all(isinstance(value, str) for value in (*base.values(), *_list(checksums)))
+            or not all(
+                isinstance(value, str) for value in (*base.values(), *_list(checksums), adapter_config)
+            )
             or not all(_is_shape(shape) for kind in _list(kinds) for shape in _list(kind))
             or not isinstance(layers, dict)
             or not all(type(i) is int and 0 <= i < len(_list(kinds)) for i in layers.values())
@@ -79,17 +86,18 @@ class Manifest:
         ):
             raise CheckpointFormatError(f"{where}: the manifest has a field of the wrong type")
         shapes = {path: tuple(KronShape(*shape) for shape in kinds[index]) for path, index in layers.items()}
-        return cls(_read_config(body["config"], where), base, shapes, tuple(checksums))
+        return cls(_read_config(body["config"], where), base, shapes, tuple(checksums), adapter_config)
 
-    def adapter_config(self) -> str:
-        """The text of `adapter_config.json`, with the fields that peft and model hubs look for."""
-        hub = {
-            "peft_type": "MOKA",
-            "task_type": self.base["task_type"] or None,
-            "base_model_name_or_path": self.base["name_or_path"],
-            "inference_mode": True,
-        }
-        return json.dumps({**hub, **self.config.to_dict()}, indent=2) + "\n"
+
+def adapter_config_text(config: MokaConfig, base: Mapping[str, str]) -> str:
+    """The text of `adapter_config.json`, with the fields that peft and model hubs look for."""
+    hub = {
+        "peft_type": "MOKA",
+        "task_type": base["task_type"] or None,
+        "base_model_name_or_path": base["name_or_path"],
+        "inference_mode": True,
+    }
+    return json.dumps({**hub, **config.to_dict()}, indent=2) + "\n"
 
 
 def portable(config: MokaConfig, paths: list[str]) -> MokaConfig:
@@ -120,7 +128,10 @@ def _read_config(values: Any, where: str) -> MokaConfig:
         raise UnsafeFileError(
             f"{where}: configuration field {unknown[0]!r} is unknown; moka follows no other name in a file"
         )
-    config = MokaConfig.from_dict(values)
+    try:
+        config = MokaConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     for name, literal in (
         (
             "target_modules",

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from .errors import CheckpointFormatError, UnsafeFileError
 
 MAX_TENSORS = 4096
-HEADER_BYTES_PER_TENSOR = 256  # so that the cap of the header is 1 MiB for MAX_TENSORS
+HEADER_BYTES_PER_TENSOR = 256
+MAX_HEADER_BYTES = MAX_TENSORS * HEADER_BYTES_PER_TENSOR  # 1 MiB
 MAX_DEPTH = 8
 MAX_DIGITS = 19  # an int64
 MAX_DIMS = 4
