@@ -10,6 +10,7 @@ Forward: no gradients, eval mode. Step: forward, gradient of x and of the adapte
     bitsandbytes-unpacked    the same with the repack switched off
     plain-moka               the mixture as a loop in PyTorch on `bitsandbytes-unpacked`, r = 10
     lora-r16                 peft's LoRA on the bitsandbytes layer, if peft is installed
+    moka-frozen              moka's NF4 layer without an adapter
     moka-merged, moka-factored, moka-auto    moka.inject on the bitsandbytes layer, r = 10, by path
 
 relF: of y (forward) or of the gradient of x (step), first 16 tokens, float64 with the dequantized weight.
@@ -28,6 +29,7 @@ from timing import Call, copies, measure
 from torch import Tensor, nn
 
 from moka import nf4, reference
+from moka.layers import NF4Linear
 
 SIZES = ((576, 576), (1536, 576), (4096, 4096))
 FORWARD_TOKENS = (1, 4, 16, 64, 256, 512, 2048)
@@ -67,6 +69,9 @@ def _peers(w: Tensor, dtype: torch.dtype, as_it_comes: bool) -> dict[str, Peer]:
         stock = bitsandbytes_layers(w, n_nf4, dtype, repack=True)
         peers["bitsandbytes"] = Peer(stock, dense64, w4.nbytes)
     peers["bitsandbytes-unpacked"] = Peer(bases, dense64, w4.nbytes)
+
+    frozen = [NF4Linear(nf4.from_bitsandbytes(base)) for base in bases]
+    peers["moka-frozen"] = Peer(frozen, dense64, w4.nbytes)
 
     first = moka_layers(bases[:1], "auto")[0]
     A, B, gate = (p["default"].data.normal_(std=0.1) for p in (first.moka_A, first.moka_B, first.moka_gate))

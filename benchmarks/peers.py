@@ -59,9 +59,13 @@ def bitsandbytes_layers(w: Tensor, count: int, dtype: torch.dtype, repack: bool)
     layer = bnb.nn.Linear4bit(w.shape[1], w.shape[0], bias=False, compute_dtype=dtype, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(w.detach().cpu().clone(), requires_grad=False, quant_type="nf4")
     layer = layer.to(w.device).eval()
-    if not repack:
-        layer.support_avx512bf16_for_cpu = False
-    return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
+    layer.support_avx512bf16_for_cpu &= repack
+    layers = [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
+    if repack:
+        with torch.no_grad():  # the first call repacks; later ones are what is measured
+            for each in layers:
+                each(torch.zeros(1, w.shape[1], dtype=dtype, device=w.device))
+    return layers
 
 
 def lora_layers(bases: Sequence[nn.Module], r: int) -> list[nn.Module]:

@@ -136,8 +136,9 @@ TABLES: dict[str, Callable[[], str]] = {
         "layer_forward",
         {
             "moka-auto": "moka",
+            "moka-frozen": "moka, no adapter",
             "bitsandbytes": "bitsandbytes",
-            "bitsandbytes-unpacked": "same, fp32 kernel",
+            "bitsandbytes-unpacked": "bitsandbytes, fp32",
             "plain-moka": "MoKA in plain PyTorch",
             "lora-r16": "peft LoRA r=16",
         },
@@ -146,7 +147,8 @@ TABLES: dict[str, Callable[[], str]] = {
         "layer_step",
         {
             "moka-auto": "moka",
-            "bitsandbytes-unpacked": "bitsandbytes, frozen",
+            "moka-frozen": "moka, no adapter",
+            "bitsandbytes-unpacked": "bitsandbytes, no adapter",
             "plain-moka": "MoKA in plain PyTorch",
             "lora-r16": "peft LoRA r=16",
         },

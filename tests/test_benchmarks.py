@@ -32,10 +32,10 @@ EXPECTED = {
         "kron_mix_grad": {"plain", "moka"},
     },
     "bench_layer.py": {
-        "layer_forward": {"torch", "bitsandbytes", "bitsandbytes-unpacked", "plain-moka", "moka-merged",
-                          "moka-factored", "moka-auto"},
-        "layer_step": {"torch", "bitsandbytes-unpacked", "plain-moka", "moka-merged", "moka-factored",
-                       "moka-auto"},
+        "layer_forward": {"torch", "bitsandbytes", "bitsandbytes-unpacked", "plain-moka", "moka-frozen",
+                          "moka-merged", "moka-factored", "moka-auto"},
+        "layer_step": {"torch", "bitsandbytes-unpacked", "plain-moka", "moka-frozen", "moka-merged",
+                       "moka-factored", "moka-auto"},
     },
     "bench_train.py": {"train_step": {"frozen", "plain-moka", "moka"}},
 }  # fmt: skip
