@@ -301,6 +301,11 @@ class Collator:
         }
 
 
+def answer_positions(labels: Tensor) -> Tensor:
+    """The positions whose output predicts an answer token in some row of labels `[batch, T]`; `[n]` int64."""
+    return (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+
+
 def rows_of(objects: Iterable[dict[str, Any]], source: str) -> list[Row]:
     """Rows from objects in memory; messages name them `source[index]`."""
     return [Row(data, f"{source}[{i}]") for i, data in enumerate(objects)]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load_adapter, save_adapter
-from ..data import IGNORED
+from ..data import IGNORED, answer_positions
 from ..errors import CheckpointFormatError, NonFiniteError, StateError
 from ..safefile import write_atomic
 
@@ -71,8 +71,7 @@ class MokaTrainer(Trainer):
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        # the outputs that predict an answer token in some row
-        positions = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+        positions = answer_positions(labels)
         inputs.setdefault("use_cache", False)
         if self._selects_logits:
             logits = model(**inputs, logits_to_keep=positions).logits

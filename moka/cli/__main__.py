@@ -1,0 +1,5 @@
+"""`python -m moka.cli` is the same as `moka`."""
+
+from . import main
+
+main()

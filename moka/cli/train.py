@@ -1,0 +1,47 @@
+"""`moka train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import quiet_transformers
+from .config import read_config
+from .console import err, out, progress
+
+EXIT_SIGTERM = 143  # 128 + SIGTERM, as a shell reports it
+EPILOG = (
+    "Example: moka train data=my.jsonl output=run1 learning_rate=3e-3 adapter.r=10 "
+    "'adapter.target_modules=[q_proj, v_proj]'. Exit code 143: stopped by SIGTERM after saving a checkpoint; "
+    "the same command with resume=true goes on."
+)
+
+
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [KEY=VALUE]...", show_default=False)
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the configuration and stop.")] = False,
+) -> None:
+    """Fine-tune a model with MoKA: adapter, metrics and plots go into the output folder."""
+    from ..train import RunConfig, run
+
+    config = read_config(RunConfig, arguments or [])
+    if show:
+        out.print(config.to_yaml(), end="", highlight=False)
+        return
+    quiet_transformers()
+    err.print(f"training {config.model} on {config.data}", highlight=False)
+    with progress("training") as on_step, progress("evaluation") as on_eval:
+        metrics = run(config, on_step, on_eval)
+    folder = Path(config.output)
+    out.print(
+        f"loss {metrics['loss']:.3f} after {metrics['steps']} steps; results are in {folder}", highlight=False
+    )
+    for name, value in metrics.get("eval", {}).items():
+        out.print(f"  {name}: {value:.4g}", highlight=False)
+    if metrics["interrupted"]:
+        err.print("stopped by SIGTERM; go on with resume=true", highlight=False)
+        raise typer.Exit(EXIT_SIGTERM)
