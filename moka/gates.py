@@ -13,11 +13,9 @@ from torch import Tensor
 GATES = ("softmax", "linear", "none")
 
 
-def init_gate(kind: str, r: int, device: torch.device | None = None) -> Tensor | None:
-    """The trained tensor of a uniform gate, `[r]` fp32; None when the gate is fixed."""
-    if kind == "none":
-        return None
-    return torch.full((r,), 0.0 if kind == "softmax" else 1.0 / r, dtype=torch.float32, device=device)
+def uniform_logit(kind: str, r: int) -> float:
+    """The value of every logit at which the gate is uniform."""
+    return 0.0 if kind == "softmax" else 1.0 / r
 
 
 def gate_values(kind: str, logits: Tensor | None, r: int, device: torch.device | None = None) -> Tensor:

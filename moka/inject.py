@@ -37,6 +37,7 @@ class BaseState:
 
     trainable: list[str] = field(default_factory=list)  # names of the parameters that had requires_grad
     repacking: list[Any] = field(default_factory=list)  # Linear4bit layers that repack in eval mode
+    input_grads: bool = False  # the embeddings were made to require gradients
 
 
 def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") -> nn.Module:
@@ -185,7 +186,6 @@ def eject(model: nn.Module) -> nn.Module:
     bases |= {copy: copy.original_module for copy in saved_modules(model).values()}
     _replace(model, bases)
     _restore_base(model)
-    del model.moka_config
     return model
 
 
@@ -221,10 +221,12 @@ def _prepare_base(model: Any) -> None:
         # would get none
         model._hf_peft_config_loaded = True
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            state.input_grads = True
             model.enable_input_require_grads()
 
 
 def _restore_base(model: Any) -> None:
+    del model.moka_config
     state: BaseState = model._moka_base
     for name in state.trainable:
         model.get_parameter(name).requires_grad_(True)
@@ -232,6 +234,8 @@ def _restore_base(model: Any) -> None:
         module.support_avx512bf16_for_cpu = True
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = False
+    if state.input_grads:
+        model.disable_input_require_grads()
     del model._moka_base
 
 

@@ -18,7 +18,7 @@ from . import bases, functional, reference
 from .bases import NF4Linear
 from .config import MokaConfig
 from .errors import ConfigError, StateError
-from .gates import gate_values, init_gate
+from .gates import gate_values, uniform_logit
 from .init import init_factors_
 from .nf4 import NF4Weight
 from .shapes import KronShape
@@ -82,18 +82,23 @@ class MokaLinear(nn.Module):
         if name in self.moka_A:
             raise StateError(f"adapter {name!r} exists already; choose another name or eject it first")
         device, dtype = self.weight_device(), getattr(torch, config.adapter_dtype)
-        self.moka_A[name] = nn.Parameter(
-            torch.empty(sum(s.a_numel for s in shapes), dtype=dtype, device=device)
+        sizes = sum(s.a_numel for s in shapes), sum(s.b_numel for s in shapes)
+        self.moka_A[name], self.moka_B[name] = (
+            nn.Parameter(torch.empty(size, dtype=dtype, device=device)) for size in sizes
         )
-        self.moka_B[name] = nn.Parameter(
-            torch.empty(sum(s.b_numel for s in shapes), dtype=dtype, device=device)
-        )
-        gate = init_gate(config.gate, len(shapes), device)
-        if gate is not None:
-            self.moka_gate[name] = nn.Parameter(gate)
+        if config.gate != "none":
+            self.moka_gate[name] = nn.Parameter(torch.empty(len(shapes), device=device, dtype=torch.float32))
         self.shapes[name], self.configs[name] = tuple(shapes), config
         self.scaling[name] = float(len(shapes)) if config.scale is None else config.scale
-        init_factors_(self.moka_A[name], self.moka_B[name], self.shapes[name], config.init)
+        self.reset_adapter(name)
+
+    @torch.no_grad()
+    def reset_adapter(self, name: str) -> None:
+        """Sets an adapter to its initial values, a zero update; needed after `to_empty` on a meta model."""
+        config, shapes = self.configs[name], self.shapes[name]
+        init_factors_(self.moka_A[name], self.moka_B[name], shapes, config.init)
+        if name in self.moka_gate:
+            self.moka_gate[name].fill_(uniform_logit(config.gate, len(shapes)))
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter.
@@ -128,6 +133,11 @@ class MokaLinear(nn.Module):
         names = [name for name in self.active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not names:
             return self._base_forward(x)
+        if self.moka_A[names[0]].is_meta and not x.is_meta:
+            raise StateError(
+                f"adapter {names[0]!r} is on the meta device; give it values with model.to_empty(device=...) "
+                f"and reset_adapter on each layer, or with moka.load_adapter"
+            )
         inputs = x.to(bases.compute_dtype(self.base_layer, x))
         if self.training and any(self.configs[name].dropout for name in names):
             # the mixture then sees another input than the base: factored, one adapter at a time

@@ -1,0 +1,353 @@
+"""Injection: which layers, what an error leaves behind, several adapters, disabling and ejecting."""
+
+import copy
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+
+import moka
+from moka import MokaConfig
+from moka.errors import ConfigError, InjectionError, StateError
+from moka.layers import MokaLinear, NF4Linear, TrainedCopy
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(16, 16)
+        self.v_proj = nn.Linear(16, 8, bias=False)
+        self.norm = nn.LayerNorm(8)
+        self.out = nn.Linear(8, 16)
+
+    def forward(self, x):
+        return x + self.out(self.norm(self.v_proj(self.q_proj(x).tanh())))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.lm_head = nn.Linear(16, 11, bias=False)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+IDS = torch.arange(10).view(2, 5)
+CONFIG = MokaConfig(r=5)
+
+
+def snapshot(model):
+    """Everything an error must leave as it was: modules, flags, tensors and attributes."""
+    return (
+        {path: id(module) for path, module in model.named_modules(remove_duplicate=False)},
+        {name: (id(p), p.requires_grad, digest(p)) for name, p in model.named_parameters()},
+        {path: module.training for path, module in model.named_modules()},
+        sorted(vars(model)),
+    )
+
+
+def digest(tensor):
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def randomize(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+
+
+def test_injection_changes_no_output_and_freezes_the_base():
+    model = Net()
+    before = model(IDS)
+    assert moka.inject(model, CONFIG) is model
+    assert torch.equal(model(IDS), before)
+    paths = [f"layers.{i}.{name}" for i in range(3) for name in ("q_proj", "v_proj")]
+    assert list(moka.adapter_layers(model)) == paths
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{path}.moka_{part}.default" for path in paths for part in ("A", "B", "gate")}
+    assert model.moka_config == {"default": CONFIG}
+
+
+def every(*names):
+    return {f"layers.{i}.{name}" for i in range(3) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "expected"),
+    [
+        (["layers.1.out"], {}, {"layers.1.out"}),
+        (r"layers\.[02]\.(q|v)_proj", {"layers_to_transform": 2}, {"layers.2.q_proj", "layers.2.v_proj"}),
+        (["q_proj"], {"exclude_modules": ["0.q_proj"]}, {"layers.1.q_proj", "layers.2.q_proj"}),
+        ("all-linear", {"exclude_modules": r".*v_proj"}, every("q_proj", "out")),
+        ("all-linear", {}, every("q_proj", "v_proj", "out")),
+        (["lm_head"], {"strict": False}, {"lm_head"}),
+    ],
+)
+def test_selection(target, fields, expected):
+    model = moka.inject(Net(), MokaConfig(target, r=5, **fields))
+    assert set(moka.adapter_layers(model)) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "fields", "message"),
+    [
+        (InjectionError, {"target_modules": ["q_prj"]}, r"target_modules: 'q_prj' matches no.*'q_proj'"),
+        (InjectionError, {"target_modules": ["q_proj", "k_proj"]}, r"'k_proj' matches no module.*'q_proj'"),
+        (InjectionError, {"target_modules": ["k_proj"], "strict": False}, r"'k_proj' matches no module"),
+        (InjectionError, {"target_modules": r"q_proj"}, r"'q_proj' matches no module"),
+        (InjectionError, {"exclude_modules": ["head"]}, r"exclude_modules: 'head' matches no.*'lm_head'"),
+        (InjectionError, {"layers_to_transform": [2, 3]}, r"no layer \[3\]; it has \[0, 1, 2\]"),
+        (InjectionError, {"r_pattern": {"k_proj": 2}}, r"r_pattern key 'k_proj' matches no module"),
+        (InjectionError, {"shapes": {"k_proj": "identity"}}, r"shapes key 'k_proj' matches no module"),
+        (InjectionError, {"target_modules": ["embed"]}, r"embed: cannot adapt a .*Embedding; expected nn"),
+        (InjectionError, {"target_modules": ["norm"]}, r"layers\.0\.norm: cannot adapt"),
+        (InjectionError, {"modules_to_save": ["heads"]}, r"modules_to_save: 'heads' matches no module"),
+        (InjectionError, {"modules_to_save": ["layers.0"]}, r"layers\.0 contains layers\.0\.q_proj, which"),
+        (ConfigError, {"target_modules": ["lm_head"]}, r"lm_head: out_features is 11, a prime"),
+        (ConfigError, {"shapes": [(4, 4, 4, 4)]}, r"layers\.0\.v_proj: .*16 x 16.*expected 8 x 16"),
+        (ConfigError, {"shapes": {"v_proj": [(4, 4, 4, 4)]}}, r"layers\.0\.v_proj: "),
+    ],
+)  # fmt: skip
+def test_a_config_that_does_not_fit_changes_nothing(error, fields, message):
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        moka.inject(model, MokaConfig(**fields))
+    assert snapshot(model) == before
+
+
+def test_not_strict_warns_about_a_pattern_that_matches_nothing():
+    with pytest.warns(UserWarning, match="'k_proj' matches no module"):
+        model = moka.inject(Net(), MokaConfig(target_modules=["q_proj", "k_proj"], strict=False))
+    assert len(moka.adapter_layers(model)) == 3
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first adapter", "second adapter"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_failure_at_any_layer_is_rolled_back(monkeypatch, k, error, first):
+    model = Net()
+    if not first:
+        moka.inject(model, MokaConfig(target_modules=["out"], modules_to_save=["embed"]), "zero")
+        moka.inject(model, MokaConfig(target_modules=["q_proj"]), "one")
+    before, active, original = snapshot(model), moka.active_adapters(model), MokaLinear.add_adapter
+    calls = []
+
+    def failing(self, name, *args):
+        calls.append(name)
+        original(self, name, *args)
+        if len(calls) == k:
+            raise error("planted")
+
+    monkeypatch.setattr(MokaLinear, "add_adapter", failing)
+    with pytest.raises(error, match="planted"):
+        moka.inject(model, MokaConfig(r=5, modules_to_save=["lm_head"]), "two")
+    assert snapshot(model) == before
+    assert moka.active_adapters(model) == active
+    monkeypatch.undo()
+    moka.inject(model, MokaConfig(r=5, modules_to_save=["lm_head"]), "two")
+
+
+@pytest.mark.parametrize("name", ["../x", "/abs", "", "a.b", "x" * 65, "a\0", "ab\u202ec", "-x"])
+def test_adapter_names(name):
+    with pytest.raises(ConfigError, match="adapter_name"):
+        moka.inject(Net(), CONFIG, name)
+
+
+def test_a_name_is_used_once():
+    model = moka.inject(Net(), CONFIG)
+    before = snapshot(model)
+    with pytest.raises(StateError, match="adapter 'default' exists already"):
+        moka.inject(model, CONFIG)
+    assert snapshot(model) == before
+
+
+def test_layers_that_are_not_called_as_linear_layers_are_refused():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(InjectionError, match=r"0: cannot adapt a .*Scaled"):
+        moka.inject(nn.Sequential(Scaled(8, 8)), MokaConfig(target_modules="all-linear"))
+    with pytest.raises(InjectionError, match=r"0\.out_proj: cannot adapt"):
+        moka.inject(nn.Sequential(nn.MultiheadAttention(8, 2)), MokaConfig(target_modules=["out_proj"]))
+
+
+def test_a_shared_layer_is_adapted_once():
+    model = Net()
+    model.layers[2].q_proj = model.layers[0].q_proj
+    model.layers[1] = model.layers[0]
+    moka.inject(model, CONFIG)
+    layers = moka.adapter_layers(model)
+    assert list(layers) == ["layers.0.q_proj", "layers.0.v_proj", "layers.2.v_proj"]
+    assert model.layers[2].q_proj is model.layers[0].q_proj is layers["layers.0.q_proj"]
+    notes = moka.summary(model).layers[0].notes
+    assert notes == ("also reached as layers.1.q_proj, layers.2.q_proj",)
+    moka.eject(model)
+    assert isinstance(model.layers[2].q_proj, nn.Linear) and model.layers[2].q_proj is model.layers[0].q_proj
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        model = Net()
+    moka.inject(model, CONFIG)
+    assert all(p.is_meta for p in model.parameters())
+    real = Net().requires_grad_(False)
+    for path, layer in moka.adapter_layers(model).items():
+        layer.base_layer = copy.deepcopy(real.get_submodule(path))
+    with pytest.raises(StateError, match=r"adapter 'default' is on the meta device.*reset_adapter"):
+        model.layers[0].q_proj(torch.randn(2, 16))
+    model.to_empty(device="cpu")
+    model.load_state_dict(real.state_dict(), strict=False)
+    for path, layer in moka.adapter_layers(model).items():
+        layer.base_layer.load_state_dict(real.get_submodule(path).state_dict())
+        layer.reset_adapter("default")
+    assert torch.equal(model(IDS), real(IDS))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method:DeprecationWarning"
+)  # torch's own, on first use
+def test_wrapped_models_are_refused():
+    compiled = torch.compile(Net())
+    inplace = Net()
+    inplace.layers[1].compile()
+    for model, kind in (
+        (compiled, "OptimizedModule"),
+        (nn.Sequential(compiled), "0 is"),
+        (inplace, "layers.1 is"),
+    ):
+        with pytest.raises(StateError, match=rf"{kind}.*inject first, then torch.compile"):
+            moka.inject(model, CONFIG)
+
+
+def test_an_optimizer_that_cannot_know_the_adapter():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="SGD was built before moka.inject and does not know the 18 adapter"):
+        moka.inject(model, CONFIG)
+    del optimizer
+
+
+def test_disabled_is_the_base_whatever_happens():
+    model = Net()
+    base = model(IDS)
+    moka.inject(model, MokaConfig(r=5, modules_to_save=["lm_head"]))
+    randomize(model)
+    adapted = model(IDS)
+    assert not torch.equal(adapted, base)
+    with moka.disabled(model) as same:
+        assert same is model and torch.equal(model(IDS), base)
+        with moka.disabled(model):
+            assert torch.equal(model(IDS), base)
+        assert torch.equal(model(IDS), base)
+    assert torch.equal(model(IDS), adapted)
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), moka.disabled(model):
+            raise error
+        assert torch.equal(model(IDS), adapted)
+
+
+def test_eject_returns_the_original_objects():
+    model = Net()
+    model.layers[0].norm.weight.requires_grad_(False)
+    before, base = snapshot(model), model(IDS)
+    moka.inject(model, MokaConfig(r=5, modules_to_save=["lm_head"]))
+    randomize(model)
+    assert moka.eject(model) is model
+    assert snapshot(model) == before and torch.equal(model(IDS), base)
+    with pytest.raises(StateError, match="holds no adapter"):
+        moka.eject(model)
+
+
+def test_several_adapters_add_up():
+    model = Net()
+    moka.inject(model, MokaConfig(r=5), "one")
+    randomize(model)
+    moka.inject(model, MokaConfig(target_modules=["q_proj"], r=3, gate="linear"), "two")
+    assert moka.active_adapters(model) == ["two"]
+    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad} == {"two"}
+    randomize(model)
+    layer, x = model.layers[0].q_proj, torch.randn(4, 16)
+    y = {}
+    for names in ("one", "two", ("one", "two"), ()):
+        moka.set_adapter(model, names)
+        y[names] = layer(x).double()
+    base = y[()]
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert torch.allclose(y["one"] + y["two"] - base, y["one", "two"], rtol=0, atol=1e-5)
+    assert torch.allclose(
+        y["one"] - base, x.double() @ layer.delta_weight("one").double().T, rtol=0, atol=1e-5
+    )
+    with pytest.raises(StateError, match=r"'three' does not exist; the model has \['one', 'two'\]"):
+        moka.set_adapter(model, ["one", "three"])
+    model.layers[0].v_proj(torch.randn(4, 16))  # has no adapter "two"
+
+
+def test_modules_to_save_are_trained_beside_their_original():
+    model = Net()
+    head = model.lm_head
+    moka.inject(model, MokaConfig(r=5, modules_to_save=["lm_head"]))
+    assert isinstance(model.lm_head, TrainedCopy) and not head.weight.requires_grad
+    trained = model.lm_head.modules_to_save["default"]
+    before = digest(head.weight), digest(trained.weight)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(IDS).square().mean().backward()
+    optimizer.step()
+    del optimizer
+    assert digest(head.weight) == before[0] and digest(trained.weight) != before[1]
+    assert model.lm_head.weight is trained.weight
+    moka.inject(model, MokaConfig(r=5, modules_to_save=["lm_head"]), "other")
+    with pytest.raises(ConfigError, match="each train this module"):
+        moka.set_adapter(model, ["default", "other"])
+    quantized = nn.Sequential(NF4Linear.from_linear(nn.Linear(8, 8)), nn.Linear(8, 8))
+    with pytest.raises(InjectionError, match="0 holds 4-bit"):
+        moka.inject(quantized, MokaConfig(target_modules=["1"], modules_to_save=["0"]))
+
+
+def test_summary():
+    model = moka.inject(Net(), MokaConfig(r=5, target_modules=["q_proj", "out", "lm_head"], strict=False))
+    result = moka.summary(model)
+    assert len(result.layers) == 7 and result.trainable == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+    first = result.layers[0]
+    assert (first.path, first.base, first.shape, len(first.shapes)) == (
+        "layers.0.q_proj",
+        "linear",
+        (16, 16),
+        5,
+    )
+    assert first.parameters == sum(s.a_numel + s.b_numel for s in first.shapes) + 5
+    assert result.layers[-1].notes == ("out_features 11 is prime, so a factor is 1 x 11",)
+    text = str(result)
+    assert "layers.*.q_proj  3" in text and "4x4*4x4 (1)" in text and f"{result.trainable:,} of" in text
+    assert "note: lm_head: out_features 11 is prime" in text
+    with pytest.raises(StateError, match="holds no adapter"):
+        moka.summary(Net())
+    assert moka.summary(moka.inject(moka.quantize(Net()), CONFIG)).total - result.total == (
+        moka.summary(moka.inject(Net(), CONFIG)).total - result.total
+    )
+
+
+def test_copies_are_independent():
+    model = moka.inject(Net(), CONFIG)
+    randomize(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(IDS), model(IDS))
+    with torch.no_grad():
+        twin.layers[0].q_proj.moka_B["default"].zero_()
+    assert not torch.equal(twin(IDS), model(IDS))
+    moka.eject(twin)
+    assert moka.active_adapters(model) == ["default"]
