@@ -1,0 +1,98 @@
+// What the CUDA kernels share: conversions, the NF4 code book, block scales, components by value.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace moka::cuda {
+
+constexpr int kMaxComponents = 64;  // they travel as kernel arguments, at most 4 KB
+
+struct Component {
+  int ma, na, mb, nb;
+  Identity identity;
+  int a_offset, b_offset;
+  int a_row_step, a_column_step;  // in A, when a row advances by one period, or a column; periodic kernels only
+};
+
+struct Components {
+  int r;
+  Component c[kMaxComponents];
+};
+
+// The flat factors in fp32 (or fp64 beside fp64) or in the activations' dtype, and scale times gate.
+template <typename TF>
+struct Factors {
+  const TF* A;
+  const TF* B;
+  const float* alpha;
+};
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Spelled out, because torch's build turns the implicit conversions of the 16-bit types off.
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(double v) { return static_cast<float>(v); }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__device__ __forceinline__ T from_acc(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ __half from_acc<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+static __constant__ float kNf4[16] = {
+    -1.0f,                -0.6961928009986877f, -0.5250730514526367f,  -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,  0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f,  0.7229568362236023f,   1.0f};
+
+// Undoes double quantization with two roundings, as bitsandbytes does.
+__device__ __forceinline__ float block_scale(const Nf4Params& w, int64_t block) {
+  if (w.absmax) return w.absmax[block];
+  return __fadd_rn(__fmul_rn(w.code2[w.absmax_q[block]], w.absmax2[block / w.blocksize2]), *w.offset);
+}
+
+// Eight consecutive values, 16-byte accesses.
+template <typename T>
+__device__ __forceinline__ void load8(const T* p, float (&v)[8]) {
+  constexpr int kVectors = sizeof(T) * 8 / 16;
+  union {
+    uint4 u[kVectors];
+    T t[8];
+  } x;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) x.u[i] = reinterpret_cast<const uint4*>(p)[i];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = to_float(x.t[i]);
+}
+
+template <typename T>
+__device__ __forceinline__ void store8(T* p, const float (&v)[8]) {
+  constexpr int kVectors = sizeof(T) * 8 / 16;
+  union {
+    uint4 u[kVectors];
+    T t[8];
+  } x;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x.t[i] = from_acc<T>(v[i]);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) reinterpret_cast<uint4*>(p)[i] = x.u[i];
+}
+
+inline bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+}  // namespace moka::cuda

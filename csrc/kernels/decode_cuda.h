@@ -1,0 +1,24 @@
+// y = W x + b + mixture for few tokens, straight from the 4-bit weight.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "build_cuda.h"
+
+namespace moka::cuda {
+
+constexpr int64_t kMaxDecodeTokens = 64;
+
+// Whether the kernels take this weight: K a multiple of 256, N of 16, blocks of 64, aligned.
+bool decode_supports(const Nf4Params& w);
+
+// Floats of scratch that launch_decode needs for the mixture's intermediates.
+int64_t decode_scratch(const KronParams& mixture, int64_t tokens);
+
+// x [tokens, K] and y [tokens, N] of `dtype` (fp16 or bf16), bias [N] of it or null; at most two launches.
+cudaError_t launch_decode(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias,
+                          const MixtureArgs& mix, float* scratch, void* y, cudaStream_t stream);
+
+}  // namespace moka::cuda

@@ -1,0 +1,320 @@
+// Contraction of G = dY^T X with the factors; see kron_grad_cuda.h. All sums have a fixed order.
+#include "kron_grad_cuda.h"
+
+#include "build_cuda.cuh"
+
+namespace moka::cuda {
+namespace {
+
+constexpr int kTileColumns = 16;
+constexpr int kContractThreads = 128;
+constexpr int kContractR = 10;  // components per pass over G
+
+// The periodic kernel's view of a mixture: it walks G like build_kernel walks W. A warp owns a tile of 16 x 16
+// phases, a lane one row and eight columns of it. Across the walk every dB entry of a lane stays in a register; a
+// tile lies inside one (ia, ja) of every component (or, with 8-row tiles, half of it does), so each step also
+// yields one dA contribution per component.
+struct ContractPlan {
+  bool ok;
+  int period_n, period_k, tile_rows, splits;
+  int64_t part_floats, tile_floats;
+
+  explicit ContractPlan(const KronParams& p) {
+    const Periods period(p);
+    period_n = Periods::lcm(period.n, 16);
+    period_k = 1;
+    ok = p.r <= kContractR && period.ok && p.N % period_n == 0;
+    tile_rows = 16;
+    for (int64_t i = 0; i < p.r; ++i) {
+      period_k = Periods::lcm(period_k, p.components[i].nb);
+      ok = ok && p.components[i].nb % kTileColumns == 0 && p.components[i].mb % 8 == 0;
+      if (p.components[i].mb % 16) tile_rows = 8;
+    }
+    ok = ok && p.K % period_k == 0;
+    if (!ok) return;
+    const int64_t warps = int64_t{period_n} / 16 * (period_k / kTileColumns);
+    const int64_t macros = p.N / period_n * (p.K / period_k);
+    splits = static_cast<int>(ceil_div(1056, warps));  // 8 warps on each of 132 multiprocessors
+    if (splits > macros) splits = static_cast<int>(macros);
+    part_floats = int64_t{splits} * p.r * period_n * period_k;
+    tile_floats = p.r * (p.N / tile_rows) * (p.K / kTileColumns);
+  }
+};
+
+template <typename TF>
+__global__ void __launch_bounds__(kContractThreads, 2)
+    contract_kernel(const float* G, Factors<TF> f, const __grid_constant__ Components comps, int N, int K,
+                    int period_n, int period_k, int tile_rows, int splits, float* part, float* tiles) {
+  const int lane = threadIdx.x % kLanes;
+  const int tiles_k = period_k / kTileColumns, tiles_n = period_n / 16;
+  int warp = blockIdx.x * (kContractThreads / kLanes) + threadIdx.x / kLanes;
+  const int tk = warp % tiles_k, tn = warp / tiles_k % tiles_n, split = warp / tiles_k / tiles_n;
+  if (split >= splits) return;
+  const int p = tn * 16 + lane / 2, q = tk * kTileColumns + lane % 2 * 8;
+
+  float b[kContractR][8], acc[kContractR][8];
+  int a_at[kContractR];
+#pragma unroll
+  for (int i = 0; i < kContractR; ++i) {
+    a_at[i] = i < comps.r ? comps.c[i].a_offset + p / comps.c[i].mb * comps.c[i].na + q / comps.c[i].nb : 0;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      acc[i][c] = b[i][c] = 0.f;
+      if (i < comps.r) {
+        const Component& s = comps.c[i];
+        const int ib = p % s.mb, jb = q % s.nb + c;
+        b[i][c] =
+            s.identity == Identity::kB ? float(ib == jb) : to_float(f.B[s.b_offset + ib * s.nb + jb]);
+      }
+    }
+  }
+
+  const int macros_k = K / period_k;
+  const int64_t macros = static_cast<int64_t>(N / period_n) * macros_k;
+  for (int64_t m = macros * split / splits; m < macros * (split + 1) / splits; ++m) {
+    const int I = static_cast<int>(m / macros_k), J = static_cast<int>(m % macros_k);
+    const int n = I * period_n + p, k = J * period_k + q;
+    float g[8];
+    load8(G + static_cast<int64_t>(n) * K + k, g);
+#pragma unroll
+    for (int i = 0; i < kContractR; ++i) {
+      if (i < comps.r) {
+        const Component& s = comps.c[i];
+        const float a = s.identity == Identity::kA
+                            ? float(n / s.mb == k / s.nb)
+                            : to_float(f.A[a_at[i] + I * s.a_row_step + J * s.a_column_step]);
+        float dot = 0.f;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          dot = fmaf(b[i][c], g[c], dot);
+          acc[i][c] = fmaf(a, g[c], acc[i][c]);
+        }
+#pragma unroll
+        for (int offset = 1; offset < 16; offset *= 2) dot += __shfl_xor_sync(~0u, dot, offset);
+        if (tile_rows == 16) dot += __shfl_xor_sync(~0u, dot, 16);
+        if (lane % (2 * tile_rows) == 0)
+          tiles[(static_cast<int64_t>(i) * (N / tile_rows) + n / tile_rows) * (K / kTileColumns) +
+                k / kTileColumns] = dot;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kContractR; ++i)
+    if (i < comps.r)
+      store8(part + ((static_cast<int64_t>(split) * comps.r + i) * period_n + p) * period_k + q, acc[i]);
+}
+
+// Adds what contract_kernel left: blockIdx.y is the component, blockIdx.z 0 for A and 1 for B.
+__global__ void contract_sum_kernel(const __grid_constant__ Components comps, int N, int K, int period_n,
+                                    int period_k, int tile_rows, int splits, const float* part, const float* tiles,
+                                    float* raw_A, float* raw_B) {
+  const int i = blockIdx.y, e = blockIdx.x * blockDim.x + threadIdx.x;
+  const Component& s = comps.c[i];
+  float sum = 0.f;
+  if (blockIdx.z == 0) {
+    if (s.identity == Identity::kA || e >= s.ma * s.na) return;
+    const int rows = s.mb / tile_rows, columns = s.nb / kTileColumns, width = K / kTileColumns;
+    const float* t = tiles + (static_cast<int64_t>(i) * (N / tile_rows) + e / s.na * rows) * width +
+                     static_cast<int64_t>(e % s.na) * columns;
+    for (int u = 0; u < rows; ++u)
+      for (int v = 0; v < columns; ++v) sum += t[static_cast<int64_t>(u) * width + v];
+    raw_A[s.a_offset + e] = sum;
+  } else {
+    if (s.identity == Identity::kB || e >= s.mb * s.nb) return;
+    for (int z = 0; z < splits; ++z)
+      for (int u = e / s.nb; u < period_n; u += s.mb)
+        for (int v = e % s.nb; v < period_k; v += s.nb)
+          sum += part[((static_cast<int64_t>(z) * comps.r + i) * period_n + u) * period_k + v];
+    raw_B[s.b_offset + e] = sum;
+  }
+}
+
+// Any shape: one warp per entry of dA or dB.
+template <typename TF>
+__global__ void contract_generic_kernel(const float* G, Factors<TF> f, const __grid_constant__ Components comps, int K,
+                                        float* raw_A, float* raw_B) {
+  const int lane = threadIdx.x % kLanes, warps = gridDim.x * (blockDim.x / kLanes);
+  const Component& s = comps.c[blockIdx.y];
+  const bool side_a = blockIdx.z == 0;
+  if (s.identity == (side_a ? Identity::kA : Identity::kB)) return;
+  const int count = side_a ? s.ma * s.na : s.mb * s.nb, terms = side_a ? s.mb * s.nb : s.ma * s.na;
+  for (int e = blockIdx.x * (blockDim.x / kLanes) + threadIdx.x / kLanes; e < count; e += warps) {
+    float sum = 0;
+    for (int t = lane; t < terms; t += kLanes) {
+      const int ia = side_a ? e / s.na : t / s.na, ja = side_a ? e % s.na : t % s.na;
+      const int ib = side_a ? t / s.nb : e / s.nb, jb = side_a ? t % s.nb : e % s.nb;
+      const Identity other = side_a ? Identity::kB : Identity::kA;
+      const float w = s.identity == other ? float(side_a ? ib == jb : ia == ja)
+                                        : to_float(side_a ? f.B[s.b_offset + t] : f.A[s.a_offset + t]);
+      sum += w * G[static_cast<int64_t>(ia * s.mb + ib) * K + ja * s.nb + jb];
+    }
+#pragma unroll
+    for (int offset = kLanes / 2; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (lane == 0) (side_a ? raw_A[s.a_offset + e] : raw_B[s.b_offset + e]) = sum;
+  }
+}
+
+struct SlabGroups {
+  GradGroup group[kMaxGradGroups];
+  int a_offset[kMaxGradGroups][2], b_offset[kMaxGradGroups][2];
+};
+
+// One thread per entry of a slab; blockIdx.y is the group.
+__global__ void gather_slabs_kernel(const float* partial, const __grid_constant__ SlabGroups p, float* raw_A,
+                                    float* raw_B) {
+  const int g = blockIdx.y, e = blockIdx.x * blockDim.x + threadIdx.x;
+  const GradGroup& group = p.group[g];
+  const int S = group.side, L = kGradWidth / S, half = kGradSlab / 2;
+  const float* slab = partial + group.cta_begin * kGradSlab + e;
+  float sum = 0.f;
+#pragma unroll 8
+  for (int c = 0; c < group.cta_count; ++c) sum += slab[c * kGradSlab];
+  const bool side_a = e < half;
+  const int l = e % half / (2 * S), column = e % (2 * S), copy = column / S, s = column % S;
+  if (copy && group.second < 0) return;
+  const bool l_is_row = side_a == static_cast<bool>(group.mirrored);  // A [L, s] when mirrored, B [L, s] when not
+  const int at = l_is_row ? l * S + s : s * L + l;
+  if (side_a) {
+    raw_A[p.a_offset[g][copy] + at] = sum;
+  } else {
+    raw_B[p.b_offset[g][copy] + at] = sum;
+  }
+}
+
+constexpr int kFinishThreads = 512;
+
+// One thread block per component.
+template <typename TF>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_kernel(const float* raw_A, const float* raw_B, Factors<TF> f, const __grid_constant__ Components comps,
+                  TF* grad_A, TF* grad_B, float* grad_alpha) {
+  const Component& s = comps.c[blockIdx.x];
+  const float alpha = f.alpha[blockIdx.x];
+  const bool dot_on_b = s.identity == Identity::kA;
+  float dot = 0;
+  if (s.identity != Identity::kA) {
+    for (int e = threadIdx.x; e < s.ma * s.na; e += kFinishThreads) {
+      const float v = raw_A[s.a_offset + e];
+      if (grad_A) grad_A[s.a_offset + e] = from_acc<TF>(alpha * v);
+      dot += v * to_float(f.A[s.a_offset + e]);
+    }
+  }
+  if (s.identity != Identity::kB) {
+    for (int e = threadIdx.x; e < s.mb * s.nb; e += kFinishThreads) {
+      const float v = raw_B[s.b_offset + e];
+      if (grad_B) grad_B[s.b_offset + e] = from_acc<TF>(alpha * v);
+      if (dot_on_b) dot += v * to_float(f.B[s.b_offset + e]);
+    }
+  }
+  if (!grad_alpha) return;
+  __shared__ float sums[kFinishThreads / kLanes];
+#pragma unroll
+  for (int offset = kLanes / 2; offset; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
+  if (threadIdx.x % kLanes == 0) sums[threadIdx.x / kLanes] = dot;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float total = 0;
+    for (float v : sums) total += v;
+    grad_alpha[blockIdx.x] = total;
+  }
+}
+
+int largest_factor(const KronParams& p) {
+  int64_t most = 1;
+  for (int64_t i = 0; i < p.r; ++i) {
+    const KronComponent& c = p.components[i];
+    most = c.ma * c.na > most ? c.ma * c.na : most;
+    most = c.mb * c.nb > most ? c.mb * c.nb : most;
+  }
+  return static_cast<int>(most);
+}
+
+template <typename TF>
+Factors<TF> factors(const MixtureArgs& mix) {
+  return {static_cast<const TF*>(mix.A), static_cast<const TF*>(mix.B), mix.alpha};
+}
+
+template <typename TF>
+cudaError_t contract(const float* G, const MixtureArgs& mix, float* scratch, float* raw_A, float* raw_B,
+                     cudaStream_t stream) {
+  const KronParams& p = mix.shapes;
+  const ContractPlan plan(p);
+  const Components comps = by_value(p, plan.period_n, plan.period_k);
+  const int N = static_cast<int>(p.N), K = static_cast<int>(p.K);
+  const unsigned r = static_cast<unsigned>(p.r);
+  if (plan.ok && aligned(G, 16)) {
+    float *part = scratch, *tiles = scratch + plan.part_floats;
+    const int64_t warps =
+        int64_t{plan.period_n} / 16 * (plan.period_k / kTileColumns) * plan.splits;
+    contract_kernel<TF><<<static_cast<unsigned>(ceil_div(warps, kContractThreads / kLanes)), kContractThreads, 0,
+                          stream>>>(G, factors<TF>(mix), comps, N, K, plan.period_n,
+                                    plan.period_k, plan.tile_rows, plan.splits, part, tiles);
+    const dim3 grid(static_cast<unsigned>(ceil_div(largest_factor(p), 128)), r, 2);
+    contract_sum_kernel<<<grid, 128, 0, stream>>>(comps, N, K, plan.period_n, plan.period_k, plan.tile_rows,
+                                                  plan.splits, part, tiles, raw_A, raw_B);
+    return cudaGetLastError();
+  }
+  const int64_t blocks = ceil_div(largest_factor(p), 8);
+  const dim3 grid(static_cast<unsigned>(blocks < 65536 ? blocks : 65536), r, 2);
+  contract_generic_kernel<TF>
+      <<<grid, 256, 0, stream>>>(G, factors<TF>(mix), comps, K, raw_A, raw_B);
+  return cudaGetLastError();
+}
+
+template <typename TF>
+cudaError_t finish(const float* raw_A, const float* raw_B, const MixtureArgs& mix, void* grad_A, void* grad_B,
+                   float* grad_alpha, cudaStream_t stream) {
+  finish_kernel<TF><<<static_cast<unsigned>(mix.shapes.r), kFinishThreads, 0, stream>>>(
+      raw_A, raw_B, factors<TF>(mix), by_value(mix.shapes),
+      static_cast<TF*>(grad_A), static_cast<TF*>(grad_B), grad_alpha);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int64_t contract_scratch(const KronParams& mixture) {
+  const ContractPlan plan(mixture);
+  return plan.ok ? plan.part_floats + plan.tile_floats : 0;
+}
+
+cudaError_t launch_contract(const float* G, const MixtureArgs& mix, float* scratch, float* raw_A, float* raw_B,
+                            cudaStream_t stream) {
+  switch (mix.factor_dtype) {
+    case Dtype::kF16:
+      return contract<__half>(G, mix, scratch, raw_A, raw_B, stream);
+    case Dtype::kBF16:
+      return contract<__nv_bfloat16>(G, mix, scratch, raw_A, raw_B, stream);
+    default:
+      return contract<float>(G, mix, scratch, raw_A, raw_B, stream);
+  }
+}
+
+cudaError_t launch_gather_slabs(const float* partial, const KronParams& mixture, const GradGroup* groups,
+                                int num_groups, float* raw_A, float* raw_B, cudaStream_t stream) {
+  SlabGroups p;
+  for (int g = 0; g < num_groups; ++g) {
+    p.group[g] = groups[g];
+    const int pair[2] = {groups[g].first, groups[g].second < 0 ? groups[g].first : groups[g].second};
+    for (int i = 0; i < 2; ++i) {
+      p.a_offset[g][i] = static_cast<int>(mixture.components[pair[i]].a_offset);
+      p.b_offset[g][i] = static_cast<int>(mixture.components[pair[i]].b_offset);
+    }
+  }
+  const dim3 grid(kGradSlab / 128, static_cast<unsigned>(num_groups));
+  gather_slabs_kernel<<<grid, 128, 0, stream>>>(partial, p, raw_A, raw_B);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_finish_grads(const float* raw_A, const float* raw_B, const MixtureArgs& mix, void* grad_A,
+                                void* grad_B, float* grad_alpha, cudaStream_t stream) {
+  switch (mix.factor_dtype) {
+    case Dtype::kF16:
+      return finish<__half>(raw_A, raw_B, mix, grad_A, grad_B, grad_alpha, stream);
+    case Dtype::kBF16:
+      return finish<__nv_bfloat16>(raw_A, raw_B, mix, grad_A, grad_B, grad_alpha, stream);
+    default:
+      return finish<float>(raw_A, raw_B, mix, grad_A, grad_B, grad_alpha, stream);
+  }
+}
+
+}  // namespace moka::cuda

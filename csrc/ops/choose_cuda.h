@@ -1,0 +1,37 @@
+// Which CUDA kernel computes what, decided here and nowhere else. From measurements on an H200; benchmarks/bench_cuda.py
+// prints the choices beside the timings.
+#pragma once
+
+#include <ATen/cuda/CUDAContext.h>
+
+#include "kernels/decode_cuda.h"
+#include "kernels/kron_grad_sm90.h"
+
+namespace moka::cuda {
+
+enum class LinearKernel { kDecode, kBuild };
+enum class GradKernel { kFactoredSm90, kContract };
+
+inline const char* name(LinearKernel k) { return k == LinearKernel::kDecode ? "decode" : "build + cuBLAS"; }
+inline const char* name(GradKernel k) { return k == GradKernel::kFactoredSm90 ? "factored, wgmma" : "G + contraction"; }
+
+inline bool sixteen_bit(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
+
+// y = W x: few tokens read the 4-bit weight directly, many go through a dense copy and cuBLAS.
+inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, at::ScalarType dtype, bool transpose) {
+  const bool few = tokens <= kMaxDecodeTokens && !transpose && sixteen_bit(dtype) && decode_supports(w);
+  return few ? LinearKernel::kDecode : LinearKernel::kBuild;
+}
+
+// Parameter gradients: through the factors where the Hopper kernel knows the shapes, else from G = dY^T X.
+// `groups` is filled for kFactoredSm90.
+inline GradKernel choose_grad(int64_t tokens, const KronParams& mixture, at::ScalarType dtype, GradGroup* groups,
+                              int* num_groups) {
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  *num_groups = 0;
+  if (device->major == 9 && sixteen_bit(dtype) && tokens >= 64)
+    *num_groups = plan_grad_groups(mixture, device->multiProcessorCount, groups);
+  return *num_groups ? GradKernel::kFactoredSm90 : GradKernel::kContract;
+}
+
+}  // namespace moka::cuda
