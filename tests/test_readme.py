@@ -1,11 +1,15 @@
 """README.md is true: its Python runs, the commands it names exist, its tables are those of the CSVs."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from moka.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,14 +41,28 @@ def test_make_targets_exist():
     assert named <= targets
 
 
-def test_commands_exist():
-    """Each `moka X` of README is a command of the command line."""
-    named = set(re.findall(r"\bmoka (train|eval|[a-z]+)\b", "\n".join(code_spans())))
-    shown = subprocess.run([sys.executable, "-m", "moka.cli", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert named >= {"train", "eval", "plan", "info"}
-    missing = {name for name in named if not re.search(rf"\b{name}\b", shown.stdout)}
-    assert not missing
+def moka_lines() -> list[list[str]]:
+    """The words after `moka` of each such line in README's ```bash blocks."""
+    lines = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("moka ")]
+
+
+def test_commands_and_options_exist():
+    """Each `moka X --option` of README is a command with that option."""
+    lines = moka_lines()
+    assert {command for command, *_ in lines} >= {"train", "eval", "chat", "merge", "plan", "info"}
+    for command, *words in lines:
+        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+        assert shown.exit_code == 0, shown.output
+        missing = {word for word in words if word.startswith("--") and word not in shown.output}
+        assert not missing, command
+
+
+def test_training_keys_exist():
+    """The keys of README's `moka train` line are accepted."""
+    (words,) = [words for command, *words in moka_lines() if command == "train"]
+    shown = CliRunner().invoke(app, ["train", "--show", *words])
+    assert shown.exit_code == 0, shown.output
 
 
 def code_spans() -> list[str]:
