@@ -15,7 +15,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "_backend"))
 
-from cuda_build import check_cuda_major, choose_archs, gencode_flags, nvcc_release  # noqa: E402
+from cuda_build import check_cuda_major, choose_archs, find_cuda_home, gencode_flags, nvcc_release  # noqa: E402
 from moka_build import require_torch  # noqa: E402
 
 CXX_FLAGS = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
@@ -43,10 +43,15 @@ def write_facts(facts: dict[str, str]) -> Path:
     return header
 
 
-def cuda_archs(torch, cuda_home: str | None, sources: list[str]) -> list[str]:
+def cuda_archs(torch, sources: list[str]) -> list[str]:
     """The architectures to compile CUDA sources for; empty for a build without CUDA."""
-    if not sources or torch.version.cuda is None or cuda_home is None or os.environ.get("MOKA_CUDA") == "0":
+    if not sources or torch.version.cuda is None or os.environ.get("MOKA_CUDA") == "0":
         return []
+    cuda_home = find_cuda_home()
+    if cuda_home is None:
+        print("moka: building without CUDA, because there is no CUDA toolkit (set CUDA_HOME to use one)")
+        return []
+    os.environ["CUDA_HOME"] = cuda_home  # read when torch.utils.cpp_extension is imported
     shown = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True)
     visible = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     try:
@@ -60,12 +65,13 @@ def extension() -> dict:
     """setup()'s arguments for `moka._C`."""
     require_torch()
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     def find(suffix: str) -> list[str]:
         return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(f"*{suffix}"))
 
-    archs = cuda_archs(torch, CUDA_HOME, find(".cu"))
+    archs = cuda_archs(torch, find(".cu"))
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
     facts = {"TORCH_VERSION": torch.__version__, "CUDA_ARCHS": " ".join(archs), "GIT_COMMIT": git_commit()}
     facts["CUDA_VERSION"] = torch.version.cuda if archs else ""
     # The torch version is part of every command line, so another torch recompiles every file.

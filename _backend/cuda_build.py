@@ -1,10 +1,23 @@
-"""Decisions about the CUDA part of the build, free of side effects so that tests can call them."""
+"""Decisions about the CUDA part of the build, apart from setup.py so that tests can call them."""
 
+import os
 import re
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 RELEASE_ARCHS = ("80", "86", "89", "90a")  # A100, A10 and RTX 30, L4 and RTX 40, H100 and H200
 ARCH_PATTERN = re.compile(r"(sm_)?(\d{2,3}[af]?)")
+
+
+def find_cuda_home() -> str | None:
+    """The first folder that holds nvcc and the runtime's headers; a lone wrapper on PATH does not count."""
+    nvcc = shutil.which("nvcc")
+    named = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and str(Path(nvcc).parents[1])]
+    for home in filter(None, [*named, "/usr/local/cuda"]):
+        if Path(home, "bin", "nvcc").is_file() and Path(home, "include", "cuda_runtime.h").is_file():
+            return home
+    return None
 
 
 def nvcc_release(version_text: str) -> str:

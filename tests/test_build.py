@@ -20,7 +20,7 @@ from moka.info import Info
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "_backend"))
 
-from cuda_build import check_cuda_major, choose_archs, gencode_flags, nvcc_release  # noqa: E402
+from cuda_build import check_cuda_major, choose_archs, find_cuda_home, gencode_flags, nvcc_release  # noqa: E402
 
 # --- decisions about CUDA
 
@@ -35,6 +35,20 @@ def test_cuda_major_mismatch_names_both_versions():
 
 def test_same_cuda_major_is_accepted():
     check_cuda_major("12.4", "12.8")
+
+
+def test_cuda_home_needs_headers_beside_nvcc(tmp_path, monkeypatch):
+    """A wrapper on PATH (here: `wrapper`) is passed over for a whole toolkit."""
+    for home in ("wrapper", "toolkit"):
+        (tmp_path / home / "bin").mkdir(parents=True)
+        (tmp_path / home / "bin" / "nvcc").write_text("#!/bin/sh")
+        (tmp_path / home / "bin" / "nvcc").chmod(0o755)
+    (tmp_path / "toolkit" / "include").mkdir()
+    (tmp_path / "toolkit" / "include" / "cuda_runtime.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path / "wrapper" / "bin"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "toolkit"))
+    assert find_cuda_home() == str(tmp_path / "toolkit")
 
 
 def test_nvcc_release_is_read_from_its_banner():
