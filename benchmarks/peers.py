@@ -41,7 +41,8 @@ class PlainMoka(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         alpha = self.scale * self.gate.softmax(0)
-        return self.base(x) + plain_mixture(x, list(self.A), list(self.B), alpha).to(x.dtype)
+        A, B = ([factor.to(x.dtype) for factor in factors] for factors in (self.A, self.B))
+        return self.base(x) + plain_mixture(x, A, B, alpha.to(x.dtype))
 
 
 def bitsandbytes_layers(w: Tensor, count: int, dtype: torch.dtype, repack: bool) -> list[nn.Module]:
