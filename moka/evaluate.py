@@ -17,9 +17,18 @@ __all__ = ["ChoiceResult", "answer_perplexity", "evaluate_rows", "multiple_choic
 
 
 def evaluate_rows(
-    model: Any, tokenizer: Any, rows: Sequence[Row], max_length: int = 512, progress: Progress | None = None
-) -> dict[str, float]:
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    max_length: int = 512,
+    progress: Progress | None = None,
+    details: bool = False,
+) -> dict[str, Any]:
     """Scores rows by what they are: multiple choice (`options`, `gold`), `text`, or else their answers.
+
+    Args:
+        max_length: tokens per window of text, or per row.
+        details: add `scores` and `predictions` of each multiple-choice row.
 
     Raises:
         DataError: the first row decides the kind, and a later one is of another.
@@ -31,7 +40,9 @@ def evaluate_rows(
             raise DataError(f"{row.place}: is of another kind than the first row; expected the same fields")
     if kind is is_choice:
         choices = [to_choice(row) for row in rows]
-        return multiple_choice(model, tokenizer, choices, progress=progress).summary()
+        result = multiple_choice(model, tokenizer, choices, progress=progress)
+        lists = {"scores": result.scores, "predictions": result.predictions} if details else {}
+        return result.summary() | lists
     if kind is not None:
         return perplexity(model, tokenizer, [row.data["text"] for row in rows], max_length, progress)
     return answer_perplexity(model, tokenizer, TextDataset(rows, tokenizer, max_length), progress)

@@ -1,4 +1,4 @@
-"""The command line: configurations, every command on a tiny model, and errors as one message with exit code 2."""
+"""The command line: configurations, every command on a tiny model, errors as one message, exit code 2."""
 
 from __future__ import annotations
 
@@ -41,16 +41,15 @@ def folder(tmp_path_factory):
 def adapter(folder):
     """An adapter trained by `moka train`."""
     output = folder / "run"
-    result = moka_command(
-        *train_arguments(folder, output), "save_steps=2", f"eval_data={folder}/choices.jsonl"
-    )
+    arguments = [*train_arguments(folder, output), "save_steps=2", f"eval_data={folder}/choices.jsonl"]
+    result = moka_command(*arguments)
     assert result.exit_code == 0, result.output
     return output
 
 
 def train_arguments(folder, output):
-    return ["train", f"model={folder}/model", f"data={folder}/train.jsonl", f"output={output}", "batch_size=8",
-            "adapter.r=3", "learning_rate=1e-2", "max_steps=4"]  # fmt: skip
+    places = [f"model={folder}/model", f"data={folder}/train.jsonl", f"output={output}"]
+    return ["train", *places, "batch_size=8", "adapter.r=3", "learning_rate=1e-2", "max_steps=4"]
 
 
 def moka_command(*arguments, **kwargs):
@@ -146,9 +145,17 @@ def test_eval_scores_each_file(folder, adapter, tmp_path):
     assert result.exit_code == 0, result.output
     scores = json.loads(output.read_text())
     assert json.loads(result.stdout) == scores
+    assert "scores" not in scores["results"][files[0]]
     assert scores["model"] == f"{folder}/model"  # from the adapter
     assert scores["results"][files[0]]["rows"] == 4
     assert scores["results"][files[1]]["perplexity"] > 1 and scores["results"][files[2]]["tokens"] > 0
+
+
+def test_eval_details_repeat_bit_for_bit(folder, adapter):
+    arguments = ["eval", f"{folder}/choices.jsonl", "--adapter", adapter, "--details"]
+    first, second = (json.loads(moka_command(*arguments).stdout)["results"].popitem()[1] for _ in range(2))
+    assert len(first["scores"]) == len(first["predictions"]) == 6
+    assert first["scores"] == second["scores"]
 
 
 def test_chat_answers_a_pipe(folder):

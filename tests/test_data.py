@@ -174,8 +174,8 @@ def test_truncation_drops_the_front_of_the_prompt_then_the_end_of_the_answer():
             "Answer format: answer1/answer2",
             "Why: is it?",
         ),
-        ("Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false",
-         "is it?"),
+        ("Please answer the following question with true or false, question: is it?\n\n"
+         "Answer format: true/false", "is it?"),
         ("Please choose the correct solution to the question: Do it\n\nSolution1: a\n\nSolution2: b\n\n"
          "Answer format: solution1/solution2", "Do it"),
         ("Please choose the correct answer to fill in the blank to complete the given sentence: A _ b.\n\n"

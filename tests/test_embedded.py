@@ -31,9 +31,8 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("MOKA_CACHE", str(tmp_path / "cache"))
 
     class Index:
-        members = dict(MEMBERS)
-        error = ""
-        commands: list = []
+        def __init__(self):
+            self.members, self.error, self.commands = dict(MEMBERS), "", []
 
         def run(self, command, **kwargs):
             self.commands.append(command)
@@ -46,7 +45,6 @@ def index(tmp_path, monkeypatch):
             return subprocess.CompletedProcess(command, 0, "", "")
 
     fake = Index()
-    fake.commands = []
     monkeypatch.setattr(embedded.subprocess, "run", fake.run)
     return fake
 
@@ -74,7 +72,7 @@ def test_a_damaged_cache_is_replaced(index):
 
 def test_another_digest_is_refused_and_not_cached(index, tmp_path):
     index.members["pkg/model.bin"] = b"other bytes"
-    with pytest.raises(DownloadError, match="got sha256 .*, expected"):
+    with pytest.raises(DownloadError, match=r"got sha256 .*, expected"):
         obtain(asset())
     assert not list((tmp_path / "cache").rglob("model.bin"))
 
@@ -86,7 +84,7 @@ def test_a_missing_member_is_named(index):
 
 def test_a_missing_network_is_explained(index):
     index.error = "WARNING: Retrying\nERROR: No matching distribution found for pkg==1.0"
-    with pytest.raises(DownloadError, match="No matching distribution(.|\n)*network(.|\n)*pip download"):
+    with pytest.raises(DownloadError, match=r"No matching distribution(.|\n)*network(.|\n)*pip download"):
         obtain(asset())
 
 
@@ -120,7 +118,7 @@ def test_requests_become_rows(tmp_path, index, monkeypatch):
 
 
 def test_unknown_tasks_are_named():
-    with pytest.raises(DataError, match="arc_easy/test, expected one of .*arc_easy/train"):
+    with pytest.raises(DataError, match=r"arc_easy/test, expected one of .*arc_easy/train"):
         embedded.task_rows("arc_easy", "test")
 
 

@@ -21,6 +21,7 @@ def evaluate(
     dtype: DtypeOption = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Score the first rows of each file only.")] = None,
     max_length: Annotated[int, typer.Option(min=16, help="Tokens per window or row.")] = 512,
+    details: Annotated[bool, typer.Option("--details", help="Include the scores of every row.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
 ) -> None:
     """Score a model: accuracy for rows with options, perplexity for rows with text or answers."""
@@ -32,7 +33,7 @@ def evaluate(
     results = {}
     for source, part in rows.items():
         with progress(source) as update:
-            results[source] = evaluate_rows(loaded, tokenizer, part, max_length, update)
+            results[source] = evaluate_rows(loaded, tokenizer, part, max_length, update, details)
     print_json(
         {"model": loaded.name_or_path, "adapter": adapter and str(adapter), "results": results}, output
     )
