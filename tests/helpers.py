@@ -46,7 +46,7 @@ def errors(actual: Tensor, reference: Tensor) -> tuple[float, float]:
 def assert_close_by_rule(
     actual: Tensor,
     float64_reference: Tensor,
-    same_dtype_eager: Tensor,
+    same_dtype_eager: Tensor | None,
     dtype: torch.dtype,
     roundings: int = 1,
     reduces_tokens: bool = False,
@@ -56,7 +56,8 @@ def assert_close_by_rule(
     Args:
         actual: the kernel's result, in `dtype`.
         float64_reference: the same formula in float64.
-        same_dtype_eager: the same formula in plain PyTorch, computed and returned in `dtype`.
+        same_dtype_eager: the same formula in plain PyTorch, computed and returned in `dtype`; None leaves out
+            the ratio, for random tiny shapes where PyTorch happens to sum in another, shorter chain.
         dtype: what `actual` must be; sets the limits.
         roundings: roundings to a 16-bit dtype on the kernel's path.
         reduces_tokens: a parameter gradient, summed over tokens; doubles the fp32 limits.
@@ -77,16 +78,17 @@ def assert_close_by_rule(
     few = actual.numel() < FEW
     if few:
         limits[0] = max(limits)
-    eager = errors(same_dtype_eager, float64_reference)
-    for name, got, limit, plain in zip(
-        ("relF", "maxN"), errors(actual, float64_reference), limits, eager, strict=True
+    got = errors(actual, float64_reference)
+    for name, error, limit in zip(("relF", "maxN"), got, limits, strict=True):
+        assert error <= limit * u, f"{name}: {error / u:.2f} u, limit {limit:.2f} u ({dtype})"
+    if few or dtype == torch.float64 or same_dtype_eager is None:
+        return
+    for name, error, plain in zip(
+        ("relF", "maxN"), got, errors(same_dtype_eager, float64_reference), strict=True
     ):
-        assert got <= limit * u, f"{name}: {got / u:.2f} u, limit {limit:.2f} u ({dtype})"
-        if not few and dtype != torch.float64:
-            ratio = 2 * plain + u
-            assert got <= ratio, (
-                f"{name}: {got / u:.2f} u, limit {ratio / u:.2f} u by plain PyTorch ({dtype})"
-            )
+        assert error <= 2 * plain + u, (
+            f"{name}: {error / u:.2f} u, plain PyTorch has {plain / u:.2f} u ({dtype})"
+        )
 
 
 def integers(*shape: int, low: int = -2, high: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -83,19 +83,20 @@ class Mixture:
         grads = torch.autograd.grad(y, leaves, self.dy.to(dtype), allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, leaves, strict=True)]
 
-    def check_mix(self):
+    def check_mix(self, by_ratio=True):
         for v, W, eager_W, transpose in (
             (self.x, self.dense().T, self.dense(self.dtype).T, False),
             (self.dy, self.dense(), self.dense(self.dtype), True),
         ):
-            assert_close_by_rule(self.mix(v, transpose), v.double() @ W, v @ eager_W, self.dtype)
+            eager = v @ eager_W if by_ratio else None
+            assert_close_by_rule(self.mix(v, transpose), v.double() @ W, eager, self.dtype)
 
-    def check_grad(self):
-        rows = zip(
-            self.grad(), self.reference_grad(), self.reference_grad(self.dtype), self.params, strict=True
-        )
-        for actual, expected, eager, param in rows:
-            assert_close_by_rule(actual, expected, eager, param.dtype, reduces_tokens=True)
+    def check_grad(self, by_ratio=True):
+        eager = self.reference_grad(self.dtype) if by_ratio else (None,) * 3
+        for actual, expected, plain, param in zip(
+            self.grad(), self.reference_grad(), eager, self.params, strict=True
+        ):
+            assert_close_by_rule(actual, expected, plain, param.dtype, reduces_tokens=True)
 
 
 def shifted(*sizes):
@@ -235,7 +236,7 @@ def test_fp16_intermediates_do_not_overflow():
     assert torch.equal(m.mix(m.x), (m.x.double() @ m.dense().T).half())
 
 
-@pytest.mark.parametrize("name", ["both_orders", "small_odd"])  # by tokens; by panels of G
+@pytest.mark.parametrize("name", ["long_chain", "small_odd"])  # by tokens; by panels of G
 def test_repeats_are_equal(name):
     m = Mixture(CASES[name], 200)
     first = (m.mix(m.x), *m.grad())
@@ -258,8 +259,8 @@ def test_any_shape(data):
     tokens = data.draw(st.integers(1, 9))
     torch.manual_seed(data.draw(st.integers(0, 9)))
     m = Mixture(shapes, tokens, data.draw(st.sampled_from(DTYPES)), make=shifted)
-    m.check_mix()
-    m.check_grad()
+    m.check_mix(by_ratio=False)
+    m.check_grad(by_ratio=False)
 
 
 @pytest.mark.parametrize("name", ["one_component", "identity_repeated"])
