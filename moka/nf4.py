@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,7 +165,7 @@ def from_bitsandbytes(layer: torch.nn.Module) -> NF4Weight:
     Example:
         >>> w4 = moka.nf4.from_bitsandbytes(model.lm_head)      # doctest: +SKIP
     """
-    weight = layer.weight
+    weight: Any = layer.weight
     state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:
         raise StateError(
