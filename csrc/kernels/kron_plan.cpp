@@ -30,6 +30,11 @@ double grad_cost(int64_t ma, int64_t na, int64_t mb, int64_t nb, int64_t g, Iden
 template <class T>
 void add_strided(const T* src, int64_t src_row, int64_t src_col, int64_t rows, int64_t cols, T scale, T* dst,
                  int64_t dst_row, int64_t dst_col) {
+  if (src_col == 1 && dst_col == 1) {  // a loop the compiler can vectorize
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) dst[i * dst_row + j] += scale * src[i * src_row + j];
+    return;
+  }
   constexpr int64_t kBlock = 16;  // a block of both sides stays in the cache when one is transposed
   for (int64_t i0 = 0; i0 < rows; i0 += kBlock)
     for (int64_t j0 = 0; j0 < cols; j0 += kBlock)

@@ -19,6 +19,10 @@ namespace {
 constexpr int64_t kBlockBytes = 1 << 20;  // tokens worked on at once, with their intermediates: half of a 2 MiB L2
 constexpr int64_t kMaxBlock = 64;         // tokens
 
+// Costs in multiply-adds at the factored kernels' speed, measured at 576x576 and 4096x4096 with AVX-512:
+constexpr double kProduct = 0.8;     // one of a large matrix product
+constexpr double kContraction = 45;  // contracting one element of G with both factors of a group
+
 const auto kFloats = {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble};
 
 at::ScalarType compute_type(const at::Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
@@ -46,7 +50,13 @@ int64_t block_rows(int64_t elements_per_token, size_t element_bytes) {
   return std::clamp<int64_t>(rows, 1, kMaxBlock);
 }
 
-int64_t thread_chunks(int64_t items) { return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), items)); }
+// How many parts to split the items into: one per thread, fewer where starting a thread costs more than it saves.
+int64_t thread_chunks(int64_t items, double cost_per_item) {
+  constexpr double kMinCost = 2e5;  // multiply-adds, about 4 us
+  const double worthwhile = static_cast<double>(items) * cost_per_item / kMinCost;
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), items));
+  return worthwhile < static_cast<double>(most) ? std::max<int64_t>(1, static_cast<int64_t>(worthwhile)) : most;
+}
 
 // Calls f(chunk, begin, end) for a fixed split of [0, items), whichever thread runs which chunk. Worker threads do not
 // inherit the caller's "below autograd" state, so it is set here.
@@ -73,7 +83,7 @@ void mix_tokens(const at::Tensor& x, const Factors<T>& factors, const Mixture& m
   const auto groups = view(plan, mix.params());
   const auto kernels = active_kron_kernels<T>();
   const int64_t in = x.size(1), out = y.size(1), block = block_rows(plan.scratch_per_token + in + out, sizeof(T));
-  for_each_chunk(x.size(0), thread_chunks(x.size(0)), [&](int64_t, int64_t begin, int64_t end) {
+  for_each_chunk(x.size(0), thread_chunks(x.size(0), plan.cost), [&](int64_t, int64_t begin, int64_t end) {
     at::Tensor x_holder, scratch = at::empty({block * plan.scratch_per_token}, kCompute);
     for (int64_t t = begin; t < end; t += block) {
       const int64_t rows = std::min(block, end - t);
@@ -95,7 +105,7 @@ at::Tensor grads_by_token(const at::Tensor& x, const at::Tensor& grad_y, const K
   const auto groups = view(plan, mix.params());
   const auto kernels = active_kron_kernels<T>();
   const int64_t block = block_rows(plan.scratch_per_token + mix.N + mix.K, sizeof(T));
-  const int64_t chunks = thread_chunks(x.size(0));
+  const int64_t chunks = thread_chunks(x.size(0), plan.cost);
   at::Tensor sums = at::zeros({chunks, plan.accumulator}, kCompute);  // one per chunk, added in order
   for_each_chunk(x.size(0), chunks, [&](int64_t c, int64_t begin, int64_t end) {
     at::Tensor x_holder, dy_holder, scratch = at::empty({(block + 1) * plan.scratch_per_token}, kCompute);
@@ -116,32 +126,33 @@ at::Tensor grads_by_panel(const at::Tensor& x, const at::Tensor& grad_y, const K
   constexpr auto kCompute = c10::CppTypeToScalarType<T>::value;
   const auto kernels = active_kron_kernels<T>();
   const at::Tensor X = x.to(kCompute), dY = grad_y.to(kCompute);
-  const int64_t panel = std::clamp<int64_t>(kBlockBytes / (mix.K * static_cast<int64_t>(sizeof(T))), 16, mix.N);
+  const int64_t panel = std::min(mix.N, std::max<int64_t>(16, kBlockBytes / (mix.K * static_cast<int64_t>(sizeof(T)))));
   const int64_t tasks = 2 * static_cast<int64_t>(plan.groups.size());
   at::Tensor sums = at::zeros({plan.accumulator}, kCompute), buffer = at::empty({panel, mix.K}, kCompute);
   for (int64_t row = 0; row < mix.N; row += panel) {
     const int64_t rows = std::min(panel, mix.N - row);
     at::Tensor G = buffer.narrow(0, 0, rows);
     at::mm_out(G, dY.narrow(1, row, rows).t(), X);
-    for_each_chunk(tasks, tasks, [&](int64_t task, int64_t, int64_t) {
-      const KronGroup<T>& group = plan.groups[task / 2];
+    const int64_t chunks = thread_chunks(tasks, kContraction / 2 * static_cast<double>(rows * mix.K));
+    for_each_chunk(tasks, chunks, [&](int64_t, int64_t begin, int64_t end) {
       at::Tensor scratch = at::empty({plan.scratch_per_token}, kCompute);
-      if (task % 2 == 0 && group.grad_a >= 0)
-        kernels.contract_a(group, G.const_data_ptr<T>(), row, rows, mix.K, sums.data_ptr<T>(), scratch.data_ptr<T>());
-      if (task % 2 == 1 && group.grad_b >= 0)
-        kernels.contract_b(group, G.const_data_ptr<T>(), row, rows, mix.K, sums.data_ptr<T>());
+      for (int64_t task = begin; task < end; ++task) {
+        const KronGroup<T>& group = plan.groups[task / 2];
+        if (task % 2 == 0 && group.grad_a >= 0)
+          kernels.contract_a(group, G.const_data_ptr<T>(), row, rows, mix.K, sums.data_ptr<T>(), scratch.data_ptr<T>());
+        if (task % 2 == 1 && group.grad_b >= 0)
+          kernels.contract_b(group, G.const_data_ptr<T>(), row, rows, mix.K, sums.data_ptr<T>());
+      }
     });
   }
   return sums;
 }
 
-// Whether forming G costs less than running every token through the factors: its product runs at `kGemmGain` times
-// the rate of the factored kernels, and each group's contraction reads G about `kContraction` times as slowly.
+// Whether forming G and contracting it costs less than running every token through the factors.
 bool panels_pay(double factored_cost, int64_t tokens, const Mixture& mix, size_t groups) {
-  constexpr double kGemmGain = 1.3, kContraction = 30;
   const double G = static_cast<double>(mix.N * mix.K);
-  return factored_cost * static_cast<double>(tokens) >
-         G * (static_cast<double>(tokens) / kGemmGain + kContraction * static_cast<double>(groups));
+  const double t = static_cast<double>(tokens);
+  return factored_cost * t > G * (kProduct * t + kContraction * static_cast<double>(groups));
 }
 
 struct Gradients {
@@ -189,7 +200,8 @@ at::Tensor kron_add(const at::Tensor& weight, const at::Tensor& A, const at::Ten
     const auto kernels = active_kron_kernels<T>();
     at::Tensor merged = at::empty(weight.sizes(), weight.options());
     const int64_t block = block_rows(mix.K, sizeof(T));
-    for_each_chunk(mix.N, thread_chunks(mix.N), [&](int64_t, int64_t begin, int64_t end) {
+    const double row_cost = static_cast<double>(mix.K * static_cast<int64_t>(mix.components.size()));
+    for_each_chunk(mix.N, thread_chunks(mix.N, row_cost), [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row += block) {
         const int64_t rows = std::min(block, end - row);
         at::Tensor sum = weight.narrow(0, row, rows).to(c10::CppTypeToScalarType<T>::value, false, /*copy=*/true);
