@@ -2,8 +2,8 @@
 
     y = W x + b + sum_i alpha_i (A_i kron B_i) x                                    (MoKA, arXiv 2508.03527)
 
-with A_i [ma, na], B_i [mb, nb], ma*mb = N, na*nb = K, and the row-major identity `(A kron B) vec(X) = vec(A X B^T)`.
-`alpha` holds scale times gate. `moka.reference` has the same operations in plain PyTorch.
+with A_i [ma, na], B_i [mb, nb], ma*mb = N, na*nb = K, and the row-major identity
+`(A kron B) vec(X) = vec(A X B^T)`. `alpha` holds scale times gate. `moka.reference` has the same operations in plain PyTorch.
 
 The gradients (`G = dY^T X` is never formed in full):
 
@@ -54,7 +54,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
 
 def kron_mixture(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Shapes) -> Tensor:
-    """`y = sum_i alpha_i (A_i kron B_i) x`: activations run through the factors; differentiable in all four tensors.
+    """`y = sum_i alpha_i (A_i kron B_i) x`: activations run through the factors; differentiable in all.
 
     Args:
         x: `[..., K]`.
@@ -105,7 +105,9 @@ def moka_linear(
     if isinstance(weight, NF4Weight):
         return _apply(x, weight.op_args(), bias, (A, B, alpha, shapes), path)
     if weight.requires_grad:
-        raise ConfigError("weight: the base of an adapted layer gets no gradient; call weight.requires_grad_(False)")
+        raise ConfigError(
+            "weight: the base of an adapted layer gets no gradient; call weight.requires_grad_(False)"
+        )
     return _apply(x, (weight,), bias, (A, B, alpha, shapes), path)
 
 
@@ -132,8 +134,10 @@ def _apply(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple | None, p
     return _MokaLinear.apply(x, bias, A, B, alpha, flatten_shapes(shapes), path, *base)  # pyright: ignore
 
 
-def _forward(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: str, transpose: bool) -> Tensor:
-    """`W x + b + mixture(x)`, or with `transpose` the same for `W^T`; base: NF4 arguments, `(weight,)` or `()`."""
+def _forward(
+    x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: str, transpose: bool
+) -> Tensor:
+    """`W x + b + mixture(x)`, transposed on request; base: the NF4 arguments, `(weight,)` or `()`."""
     if len(base) > 1:
         return torch.ops.moka.nf4_linear(x, *base, bias, *mixture, transpose, path)
     y = None

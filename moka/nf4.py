@@ -1,9 +1,9 @@
 """NF4 weights: a matrix in 4 bits per entry, in the layout of bitsandbytes.
 
-    w[e] = code[nibble e] * absmax[e // blocksize]            code: 16 quantiles of N(0, 1)   (QLoRA, arXiv 2305.14314)
+    w[e] = code[nibble e] * absmax[e // blocksize]      code: 16 quantiles of N(0, 1)   (QLoRA, arXiv 2305.14314)
 
-The first of two entries is the high nibble of its byte. With double quantization `absmax` is itself stored in 8 bits:
-`absmax[i] = code2[absmax_q[i]] * absmax2[i // blocksize2] + offset`.
+The first of two entries is the high nibble of its byte. With double quantization `absmax` is itself stored in
+8 bits: `absmax[i] = code2[absmax_q[i]] * absmax2[i // blocksize2] + offset`.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class NF4Weight:
 
     def op_args(self) -> tuple:
         """The NF4 argument group of the operators, in schema order."""
-        return (self.packed, self.absmax, self.absmax2, self.code2, self.offset, self.blocksize, self.blocksize2,
-                *self.shape)  # fmt: skip
+        tensors = (self.packed, self.absmax, self.absmax2, self.code2, self.offset)
+        return (*tensors, self.blocksize, self.blocksize2, *self.shape)
 
     def to(self, device: torch.device | str) -> NF4Weight:
         """The same weight on another device."""
@@ -81,7 +81,7 @@ class NF4Weight:
         dtype: torch.dtype | None = None,
         mixture: tuple[Tensor, Tensor, Tensor, Sequence[Sequence[int]]] | None = None,
     ) -> Tensor:
-        """The dense matrix `[N, K]`, bit-equal to bitsandbytes; `mixture = (A, B, alpha, shapes)` is added in fp32.
+        """The dense matrix `[N, K]`, bit-equal to bitsandbytes; `mixture = (A, B, alpha, shapes)` is added.
 
         Args:
             dtype: of the result (fp64, fp32, bf16 or fp16); default the dtype before quantization.
@@ -126,7 +126,7 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = False) -> NF4W
 
 
 def dynamic_code() -> Tensor:
-    """The 256 values of the signed dynamic 8-bit type, `[256]` fp32, ascending (arXiv 2110.02861, section 2.1).
+    """The 256 values of the signed dynamic 8-bit type, `[256]` fp32, ascending (arXiv 2110.02861, 2.1).
 
     Seven decades below 1; decade `i` is split evenly into `2^i` bins whose midpoints are the values.
     """
@@ -139,10 +139,10 @@ def dynamic_code() -> Tensor:
 
 
 def quantize_absmax(centered: Tensor, code2: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes `absmax - offset` to 8 bits in blocks of 256: codes `[n]` uint8 and second-level absmax, fp32.
+    """Quantizes `absmax - offset` to 8 bits in blocks of 256: codes `[n]` uint8 and second absmax, fp32.
 
-    Like bitsandbytes on the CPU, a value is first rounded to one of 65536 steps over [-1, 1] and then to the code
-    nearest to that step, so that the stored bytes agree.
+    Like bitsandbytes on the CPU, a value is first rounded to one of 65536 steps over [-1, 1] and then to the
+    code nearest to that step, so that the stored bytes agree.
     """
     n = centered.numel()
     blocks = torch.nn.functional.pad(centered, (0, -n % BLOCKSIZE2)).view(-1, BLOCKSIZE2)
@@ -159,8 +159,8 @@ def from_bitsandbytes(layer: torch.nn.Module) -> NF4Weight:
     Call it at each forward rather than keeping the result: moving a `Linear4bit` replaces its tensors.
 
     Raises:
-        StateError: the layer is not quantized yet, is not NF4, or was repacked for CPU inference, after which its
-            original bytes are gone.
+        StateError: the layer is not quantized yet, is not NF4, or was repacked for CPU inference, after which
+            its original bytes are gone.
 
     Example:
         >>> w4 = moka.nf4.from_bitsandbytes(model.lm_head)      # doctest: +SKIP
@@ -169,14 +169,15 @@ def from_bitsandbytes(layer: torch.nn.Module) -> NF4Weight:
     state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:
         raise StateError(
-            "the Linear4bit layer holds no quantized weight yet; move it to a device first, e.g. model.to('cpu')"
+            "the Linear4bit layer holds no quantized weight yet; move it to a device first, e.g. "
+            "model.to('cpu')"
         )
     if state.quant_type != "nf4":
         raise StateError(f"quant_type: got {state.quant_type!r}, expected 'nf4'; load the model with NF4")
     if getattr(state, "packing_format_for_cpu", False):
         raise StateError(
-            "this Linear4bit layer was repacked by a CPU forward pass in eval mode and can no longer be trained; "
-            "reload the model and inject (or quantize) before the first evaluation"
+            "this Linear4bit layer was repacked by a CPU forward pass in eval mode and can no longer be "
+            "trained; reload the model and inject (or quantize) before the first evaluation"
         )
     if len(state.shape) != 2:
         raise StateError(f"the quantized weight has shape {tuple(state.shape)}, expected a matrix [N, K]")

@@ -1,7 +1,7 @@
 """The specification: every operator of moka in plain PyTorch, slow and readable.
 
-Tests hold the kernels against these functions; the docstrings of `moka.functional` refer to them. Sources: MoKA,
-arXiv 2508.03527 (the mixture); QLoRA, arXiv 2305.14314 (NF4 and double quantization).
+Tests hold the kernels against these functions; the docstrings of `moka.functional` refer to them. Sources:
+MoKA, arXiv 2508.03527 (the mixture); QLoRA, arXiv 2305.14314 (NF4 and double quantization).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 from .shapes import KronShape
 
 # fmt: off
-#: The 16 NF4 values: quantiles of N(0, 1) scaled to [-1, 1] (QLoRA, appendix E), as fp32 literals of bitsandbytes.
+#: The 16 NF4 values: quantiles of N(0, 1) scaled to [-1, 1] (QLoRA, appendix E), as fp32 literals of
+#: bitsandbytes.
 NF4_CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -25,7 +26,7 @@ NF4_CODE = (
 
 
 def split_factors(A: Tensor, B: Tensor, shapes: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
-    """The factors `(A_i [ma, na], B_i [mb, nb])` as views of the flat `A` and `B`; an identity is made explicit."""
+    """The factors `(A_i [ma, na], B_i [mb, nb])`, views of flat `A` and `B`; identities are made explicit."""
     factors, a, b = [], 0, 0
     for shape in (KronShape(*s) for s in shapes):
         A_i = torch.eye(shape.ma, dtype=A.dtype, device=A.device)
@@ -46,7 +47,7 @@ def kron_dense(A: Tensor, B: Tensor, alpha: Tensor, shapes: Sequence[Sequence[in
 
 
 def kron_mixture(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
-    """`y = sum_i alpha_i (A_i kron B_i) x` by `(A kron B) vec(X) = vec(A X B^T)`; x [..., K] -> y [..., N]."""
+    """`y = sum_i alpha_i (A_i kron B_i) x`, `[..., K]` -> `[..., N]`: `(A kron B) vec(X) = vec(A X B^T)`."""
     y = 0
     for i, (A_i, B_i) in enumerate(split_factors(A, B, shapes)):
         X = x.reshape(*x.shape[:-1], A_i.shape[1], B_i.shape[1])
@@ -57,7 +58,7 @@ def kron_mixture(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Sequenc
 def nf4_dequantize(
     packed: Tensor, absmax: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`w[e] = code[nibble e] * absmax[e // blocksize]` in fp32, then rounded to `dtype`; the high nibble comes first."""
+    """`w[e] = code[nibble e] * absmax[e // blocksize]`, rounded from fp32 to `dtype`; high nibble first."""
     numel = int(torch.Size(shape).numel())
     packed = packed.view(torch.uint8).flatten()
     index = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[:numel].long()
@@ -66,6 +67,8 @@ def nf4_dequantize(
     return (code[index] * scale).view(*shape).to(dtype)
 
 
-def dequantize_absmax(absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor, blocksize2: int) -> Tensor:
-    """Undoes double quantization: `code2[absmax[i]] * absmax2[i // blocksize2] + offset`, two fp32 roundings."""
+def dequantize_absmax(
+    absmax: Tensor, absmax2: Tensor, code2: Tensor, offset: Tensor, blocksize2: int
+) -> Tensor:
+    """Undoes double quantization: `code2[absmax[i]] * absmax2[i // blocksize2] + offset`, rounded twice."""
     return code2[absmax.long()] * absmax2.repeat_interleave(blocksize2)[: absmax.numel()] + offset
