@@ -3,7 +3,8 @@
     y = W x + b + sum_i alpha_i (A_i kron B_i) x                                    (MoKA, arXiv 2508.03527)
 
 with A_i [ma, na], B_i [mb, nb], ma*mb = N, na*nb = K, and the row-major identity
-`(A kron B) vec(X) = vec(A X B^T)`. `alpha` holds scale times gate. `moka.reference` has the same operations in plain PyTorch.
+`(A kron B) vec(X) = vec(A X B^T)`. `alpha` holds scale times gate. `moka.reference` has the same operations
+in plain PyTorch.
 
 The gradients (`G = dY^T X` is never formed in full):
 

@@ -1,6 +1,6 @@
 """NF4 weights: a matrix in 4 bits per entry, in the layout of bitsandbytes.
 
-    w[e] = code[nibble e] * absmax[e // blocksize]      code: 16 quantiles of N(0, 1)   (QLoRA, arXiv 2305.14314)
+    w[e] = code[nibble e] * absmax[e // blocksize]   code: 16 quantiles of N(0, 1)   (QLoRA, arXiv 2305.14314)
 
 The first of two entries is the high nibble of its byte. With double quantization `absmax` is itself stored in
 8 bits: `absmax[i] = code2[absmax_q[i]] * absmax2[i // blocksize2] + offset`.

@@ -1,8 +1,8 @@
 """Loads the compiled operators (`torch.ops.moka.*`) and describes their outputs to the compiler.
 
 The schemas are in `csrc/registration.cpp`; what each operator computes is in `moka/reference.py`. Only
-`moka/functional.py` and `moka/nf4.py` call the operators, through `call`, so that a missing extension is
-reported on first use.
+`moka/functional.py` and `moka/nf4.py` call the operators, after `require_native`, so that a missing extension
+is reported on first use.
 """
 
 from __future__ import annotations
