@@ -82,6 +82,13 @@ class Nf4SpreadRows {
   AlignedFloats values_;
 };
 
+constexpr int64_t kMaxFusedTokens = 32;
+constexpr int64_t kColumnStep = 16;  // ranges of columns begin at multiples of this
+
+struct Nf4Part {
+  int64_t row_begin, row_end, col_begin, col_end;  // col_begin is a multiple of kColumnStep
+};
+
 struct Nf4Kernels {
   // Blocks [block_begin, block_end) of w [numel]: packed bytes and absmax, bit-equal to bitsandbytes.
   template <typename T>
@@ -91,10 +98,9 @@ struct Nf4Kernels {
   Quantize<Bfloat16> quantize_bf16;
   Quantize<Float16> quantize_f16;
 
-  // Rows [row_begin, row_end) of W' rounded once to T; out [row_end - row_begin, K]. mixture may be null.
+  // A part of W' rounded once to T; out [rows, columns]. mixture may be null.
   template <typename T>
-  using Dequantize = void (*)(const Nf4Params& w, const Nf4Mixture* mixture, int64_t row_begin, int64_t row_end,
-                              T* out);
+  using Dequantize = void (*)(const Nf4Params& w, const Nf4Mixture* mixture, const Nf4Part& part, T* out);
   Dequantize<float> dequantize_f32;
   Dequantize<Bfloat16> dequantize_bf16;
   Dequantize<Float16> dequantize_f16;
@@ -102,13 +108,10 @@ struct Nf4Kernels {
   // y[m, n] = sum_k W'[n, k] x[m, k] for n in [row_begin, row_end); x [M, K], y [M, N], M <= kMaxFusedTokens.
   void (*linear)(const Nf4Params& w, const Nf4Mixture* mixture, const float* x, int64_t M, int64_t row_begin,
                  int64_t row_end, float* y);
-  // dx[m, k] = sum_n W'[n, k] dy[m, n] for k in [col_begin, col_end), col_begin a multiple of kColumnStep.
+  // dx[m, k] = sum_n W'[n, k] dy[m, n] for k in [col_begin, col_end); M as above.
   void (*linear_transposed)(const Nf4Params& w, const Nf4Mixture* mixture, const float* dy, int64_t M,
                             int64_t col_begin, int64_t col_end, float* dx);
 };
-
-constexpr int64_t kMaxFusedTokens = 32;
-constexpr int64_t kColumnStep = 16;
 
 const Nf4Kernels& nf4_kernels();  // for the active instruction set
 

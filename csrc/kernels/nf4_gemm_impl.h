@@ -36,17 +36,69 @@ MOKA_INLINE void dot_tile(const float* tile, const float* x, int64_t ldx, int co
     for (int r = 0; r < kMicroRows; ++r) sums[m * kTileRows + r] = acc[m][r];
 }
 
+// Very few tokens, no tile: the weight goes from its look-up into the sums. Each token's x is sorted into even and odd
+// entries first, the order in which bytes fall apart into nibbles. Rows must begin a block of a multiple of 32 entries.
+constexpr int kGemvTokens = 4, kGemvRows = kMicroRows;
+MOKA_INLINE bool suits_gemv(const Nf4Params& w, const Nf4Mixture* mixture, int64_t M) {
+  return !mixture && M <= kGemvTokens && w.blocksize % 32 == 0 && w.K % w.blocksize == 0;
+}
+
+template <int kTokens, int kRows>
+MOKA_INLINE void gemv_rows(const Nf4Params& w, const float* sorted, int64_t row, float* y) {
+  const int64_t blocks = w.K / w.blocksize, row_bytes = w.K / 2;
+  const uint8_t* bytes = w.packed + row * row_bytes;
+  Vec acc[kTokens][kRows];
+  for (int m = 0; m < kTokens; ++m)
+    for (int r = 0; r < kRows; ++r) acc[m][r] = zero();
+  for (int64_t block = 0; block < blocks; ++block) {
+    Table tables[kRows];
+    for (int r = 0; r < kRows; ++r) tables[r] = scaled_code(nf4_absmax(w, (row + r) * blocks + block));
+    for (int64_t i = 0; i < w.blocksize; i += 2 * kWidth, bytes += kWidth, sorted += 2 * kWidth) {
+      for (int r = 0; r < kRows; ++r) {
+        Vec even, odd;
+        decode_split(bytes + r * row_bytes, tables[r], even, odd);
+        for (int m = 0; m < kTokens; ++m) {
+          acc[m][r] = fma(even, load(sorted + m * w.K), acc[m][r]);
+          acc[m][r] = fma(odd, load(sorted + m * w.K + kWidth), acc[m][r]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < kTokens; ++m)
+    for (int r = 0; r < kRows; ++r) y[m * w.N + row + r] = sum(acc[m][r]);
+}
+
+template <int kTokens>
+void gemv(const Nf4Params& w, const float* x, int64_t row_begin, int64_t row_end, float* y) {
+  AlignedFloats sorted(kTokens * w.K);
+  float* to = sorted.data();
+  for (const float* from = x; from < x + kTokens * w.K; from += 2 * kWidth, to += 2 * kWidth)
+    for (int i = 0; i < kWidth; ++i) {
+      to[i] = from[2 * i];
+      to[kWidth + i] = from[2 * i + 1];
+    }
+  int64_t row = row_begin;
+  for (; row + kGemvRows <= row_end; row += kGemvRows) gemv_rows<kTokens, kGemvRows>(w, sorted.data(), row, y);
+  for (; row < row_end; ++row) gemv_rows<kTokens, 1>(w, sorted.data(), row, y);
+}
+
 void linear(const Nf4Params& w, const Nf4Mixture* mixture, const float* x, int64_t M, int64_t row_begin,
             int64_t row_end, float* y) {
+  if (suits_gemv(w, mixture, M)) {
+    if (M == 1) return gemv<1>(w, x, row_begin, row_end, y);
+    if (M == 2) return gemv<2>(w, x, row_begin, row_end, y);
+    if (M == 3) return gemv<3>(w, x, row_begin, row_end, y);
+    if (M == 4) return gemv<4>(w, x, row_begin, row_end, y);
+  }
   Decoder decoder(w, mixture, 0, w.K);
   Tile& tile = decoder.tile;
   __builtin_memset(&tile, 0, sizeof(tile));  // rows past the last one are multiplied too, and not used
   Vec sums[kMaxFusedTokens * kTileRows];
   for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-    const int rows = static_cast<int>(row_end - row < kTileRows ? row_end - row : kTileRows);
+    const int rows = at_most(row_end - row, kTileRows);
     for (int64_t i = 0; i < M * kTileRows; ++i) sums[i] = zero();
     for (int64_t col = 0; col < w.K; col += kTileCols) {
-      const int cols = static_cast<int>(w.K - col < kTileCols ? w.K - col : kTileCols);
+      const int cols = at_most(w.K - col, kTileCols);
       decoder.fill(row, rows, col, cols);
       for (int r = 0; r < rows; r += kMicroRows) {
         const float* from = tile.rows[r];
@@ -94,9 +146,9 @@ void linear_transposed(const Nf4Params& w, const Nf4Mixture* mixture, const floa
   for (int64_t m = 0; m < M; ++m)
     for (int64_t k = col_begin; k < col_end; ++k) dx[m * w.K + k] = 0;
   for (int64_t row = 0; row < w.N; row += kTileRows) {
-    const int rows = static_cast<int>(w.N - row < kTileRows ? w.N - row : kTileRows);
+    const int rows = at_most(w.N - row, kTileRows);
     for (int64_t col = col_begin; col < col_end; col += kTileCols) {
-      const int cols = static_cast<int>(col_end - col < kTileCols ? col_end - col : kTileCols);
+      const int cols = at_most(col_end - col, kTileCols);
       decoder.fill(row, rows, col, cols);
       const auto tokens = [&](auto count, int64_t m) {
         constexpr int kTokens = decltype(count)::value;

@@ -7,7 +7,7 @@ namespace moka {
 namespace MOKA_SIMD {
 namespace {
 
-constexpr int kTileRows = 8, kTileCols = 256;
+constexpr int kTileRows = 8, kTileCols = 512;
 
 struct Tile {
   static constexpr int kStride = kTileCols + 16;  // a row may be overrun by one vector while it is being decoded
@@ -33,6 +33,13 @@ MOKA_INLINE Vec decode16(const uint8_t* bytes, const Table& table) {
 }
 MOKA_INLINE void decode16(const uint8_t* bytes, const Table& table, float* out) { store(out, decode16(bytes, table)); }
 
+// kWidth bytes: their high nibbles are the even entries, their low nibbles the odd ones.
+MOKA_INLINE void decode_split(const uint8_t* bytes, const Table& table, Vec& even, Vec& odd) {
+  const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  even = _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table.values);
+  odd = _mm512_permutexvar_ps(index, table.values);
+}
+
 #elif defined(MOKA_SIMD_AVX2) && MOKA_X86
 
 struct Table {
@@ -43,15 +50,22 @@ MOKA_INLINE Table scaled_code(float absmax) {
 }
 
 // Two look-ups of three bits each; bit 3, moved to the sign, chooses between them.
+MOKA_INLINE Vec look_up(__m256i index, const Table& table) {
+  const Vec sign = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index),
+                          sign);
+}
+MOKA_INLINE void decode_split(const uint8_t* bytes, const Table& table, Vec& even, Vec& odd) {
+  const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  even = look_up(_mm256_srli_epi32(index, 4), table);
+  odd = look_up(index, table);
+}
 MOKA_INLINE void decode16(const uint8_t* bytes, const Table& table, float* out) {
   const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
   for (int half = 0; half < 2; ++half) {
     int32_t dword;
     __builtin_memcpy(&dword, bytes + 4 * half, 4);
-    const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(dword), shifts);
-    const Vec sign = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-    store(out + 8 * half, _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
-                                           _mm256_permutevar8x32_ps(table.high, index), sign));
+    store(out + 8 * half, look_up(_mm256_srlv_epi32(_mm256_set1_epi32(dword), shifts), table));
   }
 }
 
@@ -69,6 +83,12 @@ MOKA_INLINE void decode16(const uint8_t* bytes, const Table& table, float* out) 
   for (int i = 0; i < 8; ++i) {
     out[2 * i] = table.values[bytes[i] >> 4];
     out[2 * i + 1] = table.values[bytes[i] & 15];
+  }
+}
+MOKA_INLINE void decode_split(const uint8_t* bytes, const Table& table, Vec& even, Vec& odd) {
+  for (int i = 0; i < kWidth; ++i) {
+    even[i] = table.values[bytes[i] >> 4];
+    odd[i] = table.values[bytes[i] & 15];
   }
 }
 
@@ -112,31 +132,52 @@ struct Decoder {
   Decoder(const Nf4Params& weight, const Nf4Mixture* mix, int64_t begin, int64_t end)
       : w(weight), mixture(mix), col_begin(begin), spread(mix, begin, end, kTileRows) {}
 
-  // tile = W'[row : row + rows, col : col + cols]; lanes up to the next multiple of 16 columns are zeroed
-  MOKA_INLINE void fill(int64_t row, int rows, int64_t col, int cols) {
+  // to = W'[row : row + rows, col : col + cols], in rows of `stride` that hold a multiple of 16 columns; the columns
+  // after `cols` become 0. A row may be overrun by one vector while it is decoded unless `aligned`.
+  MOKA_INLINE void fill(int64_t row, int rows, int64_t col, int cols, float* to, int64_t stride) {
     for (int r = 0; r < rows; ++r) {
       const int64_t begin = (row + r) * w.K + col;
-      decode(w, begin, begin + cols, tile.rows[r]);
-      for (int c = cols; c % 16; ++c) tile.rows[r][c] = 0;
+      decode(w, begin, begin + cols, to + r * stride);
+      for (int c = cols; c % 16; ++c) to[r * stride + c] = 0;
     }
-    if (mixture) add_mixture(*mixture, spread, row, rows, col, col - col_begin, cols, tile.rows[0], Tile::kStride);
+    if (mixture) add_mixture(*mixture, spread, row, rows, col, col - col_begin, cols, to, stride);
   }
+  MOKA_INLINE void fill(int64_t row, int rows, int64_t col, int cols) {
+    fill(row, rows, col, cols, tile.rows[0], Tile::kStride);
+  }
+
+  // Whether every run of entries that is decoded at once is a whole number of vectors.
+  bool aligned(int64_t cols) const { return w.K % 16 == 0 && w.blocksize % 16 == 0 && cols % 16 == 0; }
 };
 
+MOKA_INLINE int at_most(int64_t left, int most) { return static_cast<int>(left < most ? left : most); }
+
 template <typename T>
-void dequantize(const Nf4Params& w, const Nf4Mixture* mixture, int64_t row_begin, int64_t row_end, T* out) {
-  Decoder decoder(w, mixture, 0, w.K);
-  const Tile& tile = decoder.tile;
-  for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-    const int rows = static_cast<int>(row_end - row < kTileRows ? row_end - row : kTileRows);
-    for (int64_t col = 0; col < w.K; col += kTileCols) {
-      const int cols = static_cast<int>(w.K - col < kTileCols ? w.K - col : kTileCols);
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
+
+template <typename T>
+void dequantize(const Nf4Params& w, const Nf4Mixture* mixture, const Nf4Part& part, T* out) {
+  Decoder decoder(w, mixture, part.col_begin, part.col_end);
+  const int64_t ld = part.col_end - part.col_begin;
+  for (int64_t row = part.row_begin; row < part.row_end; row += kTileRows) {
+    const int rows = at_most(part.row_end - row, kTileRows);
+    for (int64_t col = part.col_begin; col < part.col_end; col += kTileCols) {
+      const int cols = at_most(part.col_end - col, kTileCols);
+      T* to = out + (row - part.row_begin) * ld + col - part.col_begin;
+      if constexpr (kIsFloat<T>) {
+        if (decoder.aligned(cols)) {
+          decoder.fill(row, rows, col, cols, to, ld);
+          continue;
+        }
+      }
       decoder.fill(row, rows, col, cols);
       for (int r = 0; r < rows; ++r) {
-        T* to = out + (row - row_begin + r) * w.K + col;
+        const float* from = decoder.tile.rows[r];
         int c = 0;
-        for (; c + kWidth <= cols; c += kWidth) store(to + c, load(tile.rows[r] + c));
-        if (c < cols) store(to + c, load(tile.rows[r] + c), cols - c);
+        for (; c + kWidth <= cols; c += kWidth) store(to + r * ld + c, load(from + c));
+        if (c < cols) store(to + r * ld + c, load(from + c), cols - c);
       }
     }
   }
@@ -165,7 +206,6 @@ void quantize(const T* w, int64_t numel, int64_t blocksize, int64_t block_begin,
     for (; i + kWidth <= n; i += kWidth) store(v + i, load(w + at + i));
     if (i < n) store(v + i, load(w + at + i, n - i), n - i);
   };
-  const auto chunk = [](int64_t left) { return static_cast<int>(left < kChunk ? left : kChunk); };
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t begin = block * blocksize;
     const bool full = begin + blocksize <= numel;
@@ -173,15 +213,16 @@ void quantize(const T* w, int64_t numel, int64_t blocksize, int64_t block_begin,
     uint32_t bits =
         0;  // of the largest |w|: bit patterns order like the values, a NaN above all, as torch's max has it
     for (int64_t at = begin; at < end; at += kChunk) {
-      read(at, chunk(end - at));
-      bits = most_bits(v, chunk(end - at), bits);
+      const int n = at_most(end - at, kChunk);
+      read(at, n);
+      bits = most_bits(v, n, bits);
     }
     float most;
     __builtin_memcpy(&most, &bits, 4);
     const float divisor = most < kNf4SmallestAbsmax ? kNf4SmallestAbsmax : most, reciprocal = 1.0f / divisor;
     absmax[block] = full ? most : divisor;
     for (int64_t at = begin; at < end; at += kChunk) {
-      const int n = chunk(end - at);
+      const int n = at_most(end - at, kChunk);
       read(at, n);
       for (int i = n; i < kChunk; ++i) v[i] = 0;
       for (int i = 0; i < kChunk; ++i) {

@@ -2,66 +2,68 @@
 //
 //   tile[r, c] += sum_i (alpha_i A_i[ia, j / nb]) B_i[ib, j % nb]      n = row + r = ia * mb + ib,  j = col + c
 //
-// Rows of A come spread over the columns (Nf4SpreadRows); rows of B are read in place, wrapping at nb. Two terms and
-// four rows at a time: a vector of A serves four rows, and the tile is read and written once for two terms.
+// Rows of A come spread over the columns (Nf4SpreadRows). Up to two components of equal shape and four rows that share
+// ia are added at a time; their vectors of B, which come back every `period` columns, stay in registers meanwhile.
 
 namespace moka {
 namespace MOKA_SIMD {
 namespace {
 
-constexpr int kMergeRows = 4, kMergeTerms = 2;
+constexpr int kMergeRows = 4;
 
-// b[t]: row ib of the first of kRows rows, which share a[t]
+// a[t] serves all kRows rows; b[t] is row ib of the first of them.
 template <int kTerms, int kRows>
-MOKA_INLINE void add_rows(const Nf4Mixture::Term* terms, const float* const* a, const float* const* b, int64_t col,
+MOKA_INLINE void add_rows(const Nf4Mixture::Term& shape, const float* const* a, const float* const* b, int64_t phase,
                           int cols, float* tile, int64_t stride) {
-  int64_t phase[kTerms], period[kTerms], b_stride[kTerms];
-  for (int t = 0; t < kTerms; ++t) {
-    period[t] = terms[t].period;
-    b_stride[t] = terms[t].b_stride;
-    phase[t] = col % period[t];
-  }
-  for (int c = 0; c < cols; c += kWidth) {
-    Vec w[kRows];
-    for (int r = 0; r < kRows; ++r) w[r] = load(tile + r * stride + c);
-    for (int t = 0; t < kTerms; ++t) {
-      const Vec spread = load(a[t] + c);
-      const float* from = b[t] + phase[t];
-      for (int r = 0; r < kRows; ++r) w[r] = fma(spread, load(from + r * b_stride[t]), w[r]);
-      phase[t] += kWidth;
-      phase[t] -= phase[t] >= period[t] ? period[t] : 0;
+  const int64_t period = shape.period, b_stride = shape.b_stride;
+  const int64_t span = period % kWidth == 0 && period < cols ? period : cols;
+  for (int64_t first = 0; first < span; first += kWidth) {
+    Vec held[kTerms][kRows];
+    for (int t = 0; t < kTerms; ++t)
+      for (int r = 0; r < kRows; ++r) held[t][r] = load(b[t] + r * b_stride + phase);
+    phase += kWidth;
+    phase -= phase >= period ? period : 0;
+    for (int64_t c = first; c < cols; c += span) {
+      Vec spread[kTerms];
+      for (int t = 0; t < kTerms; ++t) spread[t] = load(a[t] + c);
+      for (int r = 0; r < kRows; ++r) {
+        Vec w = load(tile + r * stride + c);
+        for (int t = 0; t < kTerms; ++t) w = fma(spread[t], held[t][r], w);
+        store(tile + r * stride + c, w);
+      }
     }
-    for (int r = 0; r < kRows; ++r) store(tile + r * stride + c, w[r]);
   }
 }
 
+// The terms [first, first + kTerms), which have one shape.
 template <int kTerms>
-MOKA_INLINE void add_terms(const Nf4Mixture::Term* terms, Nf4SpreadRows& spread, size_t first, int64_t row, int rows,
+MOKA_INLINE void add_terms(const Nf4Mixture& mixture, size_t first, Nf4SpreadRows& spread, int64_t row, int rows,
                            int64_t col, int64_t spread_col, int cols, float* tile, int64_t stride) {
+  const Nf4Mixture::Term* terms = mixture.dense.data() + first;
+  const Nf4Mixture::Term& shape = terms[0];
+  const int64_t phase = col % shape.period;
+  int64_t ia = row / shape.mb, ib = row - ia * shape.mb;
   for (int r = 0; r < rows;) {
-    int64_t together = rows - r < kMergeRows ? rows - r : kMergeRows;  // the next rows with the same ia in every term
     const float *a[kTerms], *b[kTerms];
     for (int t = 0; t < kTerms; ++t) {
-      const int64_t ia = (row + r) / terms[t].mb, ib = (row + r) - ia * terms[t].mb;
       a[t] = spread.row(first + t, ia) + spread_col;
-      b[t] = terms[t].b + ib * terms[t].b_stride;
-      together = terms[t].mb - ib < together ? terms[t].mb - ib : together;
+      b[t] = terms[t].b + ib * shape.b_stride;
     }
     float* to = tile + r * stride;
-    switch (together) {
-      case 4:
-        add_rows<kTerms, 4>(terms, a, b, col, cols, to, stride);
-        break;
-      case 3:
-        add_rows<kTerms, 3>(terms, a, b, col, cols, to, stride);
-        break;
-      case 2:
-        add_rows<kTerms, 2>(terms, a, b, col, cols, to, stride);
-        break;
-      default:
-        add_rows<kTerms, 1>(terms, a, b, col, cols, to, stride);
+    const int64_t left = shape.mb - ib < rows - r ? shape.mb - ib : rows - r;  // rows with this ia
+    const int done = left >= kMergeRows ? kMergeRows : left >= 2 ? 2 : 1;
+    if (done == kMergeRows)
+      add_rows<kTerms, kMergeRows>(shape, a, b, phase, cols, to, stride);
+    else if (done == 2)
+      add_rows<kTerms, 2>(shape, a, b, phase, cols, to, stride);
+    else
+      add_rows<kTerms, 1>(shape, a, b, phase, cols, to, stride);
+    r += done;
+    ib += done;
+    if (ib == shape.mb) {
+      ib = 0;
+      ++ia;
     }
-    r += static_cast<int>(together);
   }
 }
 
@@ -83,10 +85,15 @@ void add_mixture(const Nf4Mixture& mixture, Nf4SpreadRows& spread, int64_t row, 
                  int64_t spread_col, int cols, float* tile, int64_t stride) {
   const size_t count = mixture.dense.size();
   const Nf4Mixture::Term* terms = mixture.dense.data();
-  size_t t = 0;
-  for (; t + kMergeTerms <= count; t += kMergeTerms)
-    add_terms<kMergeTerms>(terms + t, spread, t, row, rows, col, spread_col, cols, tile, stride);
-  for (; t < count; ++t) add_terms<1>(terms + t, spread, t, row, rows, col, spread_col, cols, tile, stride);
+  for (size_t t = 0; t < count;) {
+    if (t + 1 < count && terms[t].mb == terms[t + 1].mb && terms[t].nb == terms[t + 1].nb) {
+      add_terms<2>(mixture, t, spread, row, rows, col, spread_col, cols, tile, stride);
+      t += 2;
+    } else {
+      add_terms<1>(mixture, t, spread, row, rows, col, spread_col, cols, tile, stride);
+      t += 1;
+    }
+  }
   for (const Nf4Mixture::Term& term : mixture.identity)
     for (int r = 0; r < rows; ++r) add_identity(term, row + r, col, cols, tile + r * stride);
 }

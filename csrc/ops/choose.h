@@ -14,13 +14,13 @@
 namespace moka {
 
 struct Nf4Choice {
-  bool fused;          // straight from the packed weight; otherwise panels of rows of W' and a GEMM for each
-  bool merged;         // the mixture is added to W while it is decoded; otherwise kron_mix adds it to the result
-  int64_t panel_rows;  // rows of one panel
+  bool fused;     // straight from the packed weight; otherwise panels of W', each followed by a GEMM
+  bool merged;    // the mixture is added to W while it is decoded; otherwise kron_mix adds it to the result
+  int64_t panel;  // width of a panel along the dimension that is summed over
 
   std::string str() const {
     std::ostringstream out;
-    out << (fused ? "fused" : "panels of " + std::to_string(panel_rows) + " rows")
+    out << (fused ? "fused" : "panels of " + std::to_string(panel))
         << (merged ? ", mixture merged" : ", mixture factored");
     return out.str();
   }
@@ -39,28 +39,30 @@ inline double factored_cost(const Mixture& mix) {
   return cost;
 }
 
-// Measured on two AVX-512 cores (Sapphire Rapids) with benchmarks/bench_nf4.py, layers 576x576 to 4096x4096:
-//   kFusedTokens   above it the GEMM library overtakes the fused kernel in spite of the panels' traffic;
-//   kPanelBytes    smaller panels starve the GEMM, larger ones leave the cache. This bounds the decoded part of W;
-//   kFactoredGain  how many multiply-adds of the factored path take the time of one multiply-add of the merged path.
-inline Nf4Choice choose_nf4_linear(int64_t M, int64_t N, int64_t K, at::ScalarType compute, const Mixture* mix,
-                                   c10::string_view path) {
-  constexpr int64_t kFusedTokens = 16, kPanelBytes = 4 << 20, kPanelStep = 16;
-  constexpr double kFactoredGain = 1.0;
+// Measured on two AVX-512 cores (Sapphire Rapids, 2 MiB of L2 each) with benchmarks/bench_nf4.py, layers of 576x576 to
+// 4096x4096, in CPU time of one thread:
+//   kFusedTokens, kFusedTokensTransposed   above them the GEMM library overtakes the fused kernel: at 4096x4096 and
+//       M = 32, 13.0 ms fused against 15.5 ms in panels forward, but 12.5 against 11.5 ms for dx;
+//   kPanel   narrower panels make the GEMM read and write its result too often (256 and 512 tie; 128 costs 15%), and
+//       decode more slowly. A layer is cut in two at least, so W is never decoded as a whole;
+//   kFactoredGain   the multiply-adds that the factored path does in the time of one of the merged path.
+inline Nf4Choice choose_nf4_linear(int64_t M, int64_t N, int64_t K, bool transpose, at::ScalarType compute,
+                                   const Mixture* mix, c10::string_view path) {
+  constexpr int64_t kFusedTokens = 32, kFusedTokensTransposed = 16, kPanel = 512;
+  constexpr double kFactoredGain = 0.75;
+  static_assert(kFusedTokens <= kMaxFusedTokens && kFusedTokensTransposed <= kMaxFusedTokens);
   TORCH_CHECK_VALUE(path == "auto" || path == "merged" || path == "factored",
                     "path: expected 'auto', 'merged' or 'factored', got '", path, "'");
-  const bool fused = M <= kFusedTokens && compute == at::kFloat;
   bool merged = mix != nullptr && path == "merged";
   if (mix && path == "auto") {
-    const double merged_cost = static_cast<double>(N) * static_cast<double>(K * (int64_t)mix->components.size());
+    const double merged_cost = static_cast<double>(N * K) * static_cast<double>(mix->components.size());
     merged = static_cast<double>(M) * factored_cost(*mix) > kFactoredGain * merged_cost;
   }
-  const int64_t row_bytes = std::max<int64_t>(1, K * static_cast<int64_t>(c10::elementSize(compute)));
-  const int64_t most = std::clamp<int64_t>(kPanelBytes / row_bytes, kPanelStep, std::max(N, kPanelStep));
-  const int64_t panels = std::max<int64_t>(1, (N + most - 1) / most);
-  const int64_t even = (N + panels - 1) / panels;  // panels of equal size
-  return {fused, merged, (even + kPanelStep - 1) / kPanelStep * kPanelStep};
+  const int64_t summed = transpose ? N : K;
+  const int64_t panels = std::max<int64_t>(2, (summed + kPanel - 1) / kPanel);
+  const int64_t width = (summed + panels - 1) / panels;  // all panels of about one width
+  return {compute == at::kFloat && M <= (transpose ? kFusedTokensTransposed : kFusedTokens), merged,
+          (width + kColumnStep - 1) / kColumnStep * kColumnStep};
 }
-static_assert(kMaxFusedTokens >= 16);
 
 }  // namespace moka

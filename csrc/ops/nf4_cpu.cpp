@@ -49,11 +49,17 @@ class DecodedWeight {
                                               alpha_.const_data_ptr<float>());
   }
 
-  // out [rows, K] = rows [row, row + rows), rounded once to out's dtype.
-  void rows(int64_t row, at::Tensor& out) const {
+  const Nf4Params& params() const { return w_; }
+  const Nf4Mixture* mixture() const { return mixture_.get(); }  // fp32 only
+
+  // out [rows, columns] = this part of W', rounded once to out's dtype.
+  void decode(const Nf4Part& part, at::Tensor& out) const {
+    const int64_t rows = part.row_end - part.row_begin, cols = part.col_end - part.col_begin;
     const auto fill = [&](auto kernel, auto* to) {
-      split(out.size(0), kRowGrain,
-            [&](int64_t begin, int64_t end) { kernel(w_, mixture_.get(), row + begin, row + end, to + begin * w_.K); });
+      split(rows, kRowGrain, [&](int64_t begin, int64_t end) {
+        kernel(w_, mixture(), {part.row_begin + begin, part.row_begin + end, part.col_begin, part.col_end},
+               to + begin * cols);
+      });
     };
     const Nf4Kernels& kernels = nf4_kernels();
     switch (out.scalar_type()) {
@@ -64,57 +70,61 @@ class DecodedWeight {
       case at::kHalf:
         return fill(kernels.dequantize_f16, reinterpret_cast<Float16*>(out.data_ptr()));
       default:
-        return rows_f64(row, out);
+        return decode_f64(part, out);
     }
   }
 
  private:
-  void rows_f64(int64_t row, at::Tensor& out) const {
+  // fp64 is for checks: the mixture is formed for whole rows, of which the part is taken.
+  void decode_f64(const Nf4Part& part, at::Tensor& out) const {
     at::Tensor decoded = at::empty(out.sizes(), at::kFloat);
-    rows(row, decoded);
+    decode(part, decoded);
     out.copy_(decoded);
+    if (plan_.groups.empty()) return;
     const KronGroups<double> groups{plan_.groups.data(), (int64_t)plan_.groups.size(), w_.N, w_.K};
-    split(out.size(0), kRowGrain, [&](int64_t begin, int64_t end) {
-      active_kron_kernels<double>().add_dense(groups, out.data_ptr<double>() + begin * w_.K, row + begin, end - begin);
-    });
+    at::Tensor mixture_row = at::empty({1, w_.K}, at::kDouble);
+    for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+      active_kron_kernels<double>().add_dense(groups, mixture_row.zero_().data_ptr<double>(), row, 1);
+      out[row - part.row_begin].add_(mixture_row[0].slice(0, part.col_begin, part.col_end));
+    }
   }
 
   Nf4Params w_;
   at::Tensor A_, B_, alpha_;
   std::unique_ptr<Nf4Mixture> mixture_;
   KronPlan<double> plan_;
-  friend at::Tensor fused_linear(const at::Tensor&, const DecodedWeight&, bool);
 };
 
 // y = x W'^T, or dx = dy W', for a few tokens of fp32.
 at::Tensor fused_linear(const at::Tensor& x, const DecodedWeight& weight, bool transpose) {
-  const Nf4Params& w = weight.w_;
+  const Nf4Params& w = weight.params();
   const int64_t M = x.size(0), out = transpose ? w.K : w.N;
   at::Tensor y = at::empty({M, out}, x.options());
   const auto kernel = transpose ? nf4_kernels().linear_transposed : nf4_kernels().linear;
   split(out, transpose ? kColumnStep : kRowGrain, [&](int64_t begin, int64_t end) {
-    kernel(w, weight.mixture_.get(), x.const_data_ptr<float>(), M, begin, end, y.data_ptr<float>());
+    kernel(w, weight.mixture(), x.const_data_ptr<float>(), M, begin, end, y.data_ptr<float>());
   });
   return y;
 }
 
-// The same for any count: panels of rows of W' and one GEMM each.
-at::Tensor panel_linear(const at::Tensor& x, const DecodedWeight& weight, const Nf4Params& w, int64_t panel_rows,
-                        bool transpose) {
-  at::Tensor y = at::empty({x.size(0), transpose ? w.K : w.N}, x.options());
-  at::Tensor buffer = at::empty({std::min(panel_rows, w.N), w.K}, x.options());
-  for (int64_t row = 0; row < w.N; row += panel_rows) {
-    const int64_t rows = std::min(panel_rows, w.N - row);
-    at::Tensor panel = buffer.narrow(0, 0, rows);
-    weight.rows(row, panel);
-    if (!transpose) {
-      at::Tensor part = y.narrow(1, row, rows);
-      at::mm_out(part, x, panel.t());
-    } else if (row == 0) {
-      at::mm_out(y, x.narrow(1, row, rows), panel);
-    } else {
-      y.addmm_(x.narrow(1, row, rows), panel);
-    }
+// The same for any count, a panel of W' at a time: columns of W' for y, rows of it for dx, so that every panel adds to
+// the whole result, and x is packed by the GEMM library once only.
+at::Tensor panel_linear(const at::Tensor& x, const DecodedWeight& weight, int64_t width, bool transpose) {
+  const auto [N, K] = std::pair{weight.params().N, weight.params().K};
+  const int64_t summed = transpose ? N : K;
+  at::Tensor y = at::empty({x.size(0), transpose ? K : N}, x.options());
+  at::Tensor buffer = at::empty({std::min(width, summed) * y.size(1)}, x.options());
+  for (int64_t begin = 0; begin < summed; begin += width) {
+    const int64_t end = std::min(summed, begin + width);
+    const Nf4Part part = transpose ? Nf4Part{begin, end, 0, K} : Nf4Part{0, N, begin, end};
+    at::Tensor panel = buffer.narrow(0, 0, (end - begin) * y.size(1))
+                           .view({part.row_end - part.row_begin, part.col_end - part.col_begin});
+    weight.decode(part, panel);
+    const at::Tensor factor = transpose ? panel : panel.t(), x_part = x.slice(1, begin, end);
+    if (begin == 0)
+      at::mm_out(y, x_part, factor);
+    else
+      y.addmm_(x_part, factor);
   }
   return y;
 }
@@ -166,7 +176,7 @@ at::Tensor nf4_dequantize(const at::Tensor& packed, const at::Tensor& absmax, co
   if (A)
     weight.merge(parse_mixture(N, K, *A, B, alpha, shapes, dtype, packed, "packed"), *A, *B, *alpha,
                  compute_type(dtype));
-  if (out.numel() > 0) weight.rows(0, out);
+  if (out.numel() > 0) weight.decode({0, N, 0, K}, out);
   return out;
 }
 
@@ -188,7 +198,7 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
 
   const at::ScalarType compute = compute_type(x.scalar_type());
   const int64_t tokens = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
-  const Nf4Choice choice = choose_nf4_linear(tokens, N, K, compute, mix ? &*mix : nullptr, path);
+  const Nf4Choice choice = choose_nf4_linear(tokens, N, K, transpose, compute, mix ? &*mix : nullptr, path);
   auto sizes = x.sizes().vec();
   sizes.back() = out;
   at::Tensor y;
@@ -198,8 +208,7 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
     const at::Tensor rows = x.reshape({tokens, in}).to(compute).contiguous();
     DecodedWeight weight(args.params);
     if (choice.merged) weight.merge(*mix, *A, *B, *alpha, compute);
-    y = choice.fused ? fused_linear(rows, weight, transpose)
-                     : panel_linear(rows, weight, args.params, choice.panel_rows, transpose);
+    y = choice.fused ? fused_linear(rows, weight, transpose) : panel_linear(rows, weight, choice.panel, transpose);
   }
   if (bias) y.add_(*bias);
   y = y.view(sizes);
