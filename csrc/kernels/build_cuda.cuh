@@ -9,26 +9,49 @@ namespace moka::cuda {
 constexpr int kBuildThreads = 256;
 constexpr int kLanes = 32;
 
-// A base yields eight neighbouring entries (fast) or one (generic) of W in fp32.
+// A base yields W in fp32: eight neighbouring entries in two steps, so that the first (loads only) can run ahead
+// of the second, or one entry. Loads go through the read-only cache, past earlier stores.
 struct Nf4Base {
   Nf4Params w;
-  int block_shift;  // log2 of the blocksize; fast kernels only
+  int block_shift, block2_shift;  // log2 of the blocksizes; fast kernels only
 
-  static constexpr int kTable = 16 * kLanes;  // the code book, once per bank
+  static constexpr int kCopies = 16;  // of the table of decoded bytes: no bank conflicts
+  static constexpr int kTable = 2 * 256 * kCopies + 256;  // and code2
+
+  struct Raw {
+    uint32_t codes;
+    float absmax;  // or absmax2
+    int q;
+  };
 
   __device__ void fill(float* table) const {
-    for (int i = threadIdx.x; i < kTable; i += blockDim.x) table[i] = kNf4[i / kLanes];
-  }
-  __device__ void load8(int64_t e, const float* table, float (&v)[8]) const {
-    const uint32_t codes = *reinterpret_cast<const uint32_t*>(w.packed + e / 2);
-    const float scale = block_scale(w, e >> block_shift);
-    const float* mine = table + threadIdx.x % kLanes;
+    for (int byte = threadIdx.x; byte < 256; byte += blockDim.x) {
+      const float high = kNf4[byte >> 4], low = kNf4[byte & 15];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int shift = i / 2 * 8 + (i % 2 ? 0 : 4);
-      v[i] = __fmul_rn(mine[(codes >> shift & 15) * kLanes], scale);
+      for (int j = 0; j < kCopies / 2; ++j)  // rotated by thread, against bank conflicts
+        reinterpret_cast<float4*>(table)[byte * (kCopies / 2) + (j + byte) % (kCopies / 2)] =
+            make_float4(high, low, high, low);
+      if (!w.absmax) table[2 * 256 * kCopies + byte] = __ldg(w.code2 + byte);
     }
   }
+  __device__ Raw load(int64_t e) const {
+    const uint32_t codes = __ldg(reinterpret_cast<const uint32_t*>(w.packed) + e / 8);
+    const int64_t block = e >> block_shift;
+    if (w.absmax) return {codes, __ldg(w.absmax + block), 0};
+    return {codes, __ldg(w.absmax2 + (block >> block2_shift)), __ldg(w.absmax_q + block)};
+  }
+  __device__ void decode(const Raw& raw, const float* table, float offset, float (&v)[8]) const {
+    const float scale =
+        w.absmax ? raw.absmax : __fadd_rn(__fmul_rn(table[2 * 256 * kCopies + raw.q], raw.absmax), offset);
+    const float2* mine = reinterpret_cast<const float2*>(table) + threadIdx.x % kCopies;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = mine[(raw.codes >> 8 * i & 255) * kCopies];
+      v[2 * i] = __fmul_rn(pair.x, scale);
+      v[2 * i + 1] = __fmul_rn(pair.y, scale);
+    }
+  }
+  __device__ float offset() const { return w.absmax ? 0.f : __ldg(w.offset); }
   __device__ float at(int64_t e) const {
     const int byte = w.packed[e / 2];
     return __fmul_rn(kNf4[e % 2 ? byte & 15 : byte >> 4], block_scale(w, e / w.blocksize));
@@ -40,93 +63,115 @@ struct DenseBase {
   const T* w;  // null: zero
   static constexpr int kTable = 1;
 
+  struct Raw {
+    uint4 bits[sizeof(T) / 2];
+  };
+
   __device__ void fill(float*) const {}
-  __device__ void load8(int64_t e, const float*, float (&v)[8]) const {
+  __device__ Raw load(int64_t e) const {
+    Raw raw = {};
     if (w) {
-      moka::cuda::load8(w + e, v);
-    } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = 0.f;
+      for (size_t i = 0; i < sizeof(T) / 2; ++i) raw.bits[i] = __ldg(reinterpret_cast<const uint4*>(w + e) + i);
     }
+    return raw;
   }
+  __device__ void decode(const Raw& raw, const float*, float, float (&v)[8]) const {
+    const T* t = reinterpret_cast<const T*>(raw.bits);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = to_float(t[i]);
+  }
+  __device__ float offset() const { return 0.f; }
   __device__ float at(int64_t e) const { return w ? to_float(w[e]) : 0.f; }
 };
 
 // W without a mixture, eight entries per step.
 template <typename T, class Base>
 __global__ void __launch_bounds__(kBuildThreads) copy_kernel(Base base, int64_t numel, T* out) {
-  __shared__ float table[Base::kTable];
+  __shared__ __align__(16) float table[Base::kTable];
   base.fill(table);
   __syncthreads();
   const int64_t e0 = (static_cast<int64_t>(blockIdx.x) * kBuildThreads * 4 + threadIdx.x) * 8;
+  const float offset = base.offset();
+  typename Base::Raw raw[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (e0 + i * kBuildThreads * 8 < numel) raw[i] = base.load(e0 + i * kBuildThreads * 8);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t e = e0 + i * kBuildThreads * 8;
     if (e < numel) {
       float v[8];
-      base.load8(e, table, v);
+      base.decode(raw[i], table, offset, v);
       store8(out + e, v);
     }
   }
 }
 
+constexpr int kMaxSlice = 2048;  // entries in one row of every A_i together
+
 // Periodic shapes. Rows n and n + period_n share every ib, columns k and k + period_k every jb, so a thread that
-// owns one row phase and eight column phases keeps its entries of alpha_i B_i in registers for the whole kernel and
-// loads only R entries of the A_i for each eight weights.
+// owns one row phase and eight column phases keeps its entries of alpha_i B_i in registers for the whole kernel. A
+// thread block owns eight neighbouring row phases, which share one row of every A_i: it keeps those rows in shared
+// memory, and a thread reads R numbers from there for each eight weights.
 template <typename T, typename TF, int R, class Base>
-__global__ void __launch_bounds__(kBuildThreads, R > 4 ? 2 : 3)
+__global__ void __launch_bounds__(kBuildThreads, 2)
     build_kernel(Base base, Factors<TF> f, const __grid_constant__ Components comps, int N, int K, int period_n,
                  int period_k, int macro_rows, T* out) {
-  __shared__ float table[Base::kTable];
+  __shared__ __align__(16) float table[Base::kTable];
+  __shared__ float slice[kMaxSlice];
   base.fill(table);
-  __syncthreads();
-  const int lane = threadIdx.x % kLanes;
-  const int groups = period_k / (8 * kLanes);
-  int warp = blockIdx.x * (kBuildThreads / kLanes) + threadIdx.x / kLanes;
-  const int q = (warp % groups * kLanes + lane) * 8;
-  warp /= groups;
-  const int p = warp % period_n, I0 = warp / period_n * macro_rows;
+  const unsigned lane = threadIdx.x % kLanes, groups = period_k / (8 * kLanes), octets = period_n / 8;
+  const unsigned q = (blockIdx.x % groups * kLanes + lane) * 8, p0 = blockIdx.x / groups % octets * 8;
+  const unsigned p = p0 + threadIdx.x / kLanes;
+  const int I0 = blockIdx.x / groups / octets * macro_rows, I1 = min(I0 + macro_rows, N / period_n);
 
+  // Components beyond r repeat component 0 with B = 0, so that no branch keeps loads from running ahead.
   float b[R][8];
-  int a_at[R];
+  int a_at[R];  // in `slice`
+  int slice_at = 0;
 #pragma unroll
   for (int i = 0; i < R; ++i) {
+    const Component& s = comps.c[i];
+    const unsigned ib = p % static_cast<unsigned>(s.mb), ja = q / static_cast<unsigned>(s.nb), jb = q - ja * s.nb;
+    const float alpha = i < comps.r ? f.alpha[i] : 0.f;
 #pragma unroll
-    for (int c = 0; c < 8; ++c) b[i][c] = 0.f;
-    a_at[i] = 0;
-    if (i < comps.r) {
-      const Component& s = comps.c[i];
-      const int ib = p % s.mb, jb = q % s.nb;
-      const float alpha = f.alpha[i];
-#pragma unroll
-      for (int c = 0; c < 8; ++c)
+    for (int c = 0; c < 8; ++c) {
+      b[i][c] = 0.f;
+      if (i < comps.r)
         b[i][c] = alpha * (s.identity == Identity::kB ? float(ib == jb + c)
                                                       : to_float(f.B[s.b_offset + ib * s.nb + jb + c]));
-      a_at[i] = s.a_offset + p / s.mb * s.na + q / s.nb;
     }
+    a_at[i] = (i < comps.r ? slice_at : 0) + ja;
+    slice_at += s.na;
   }
-  const int I1 = min(I0 + macro_rows, N / period_n);
+  const float offset = base.offset();
+  const int steps = K / period_k;
   for (int I = I0; I < I1; ++I) {
+    __syncthreads();
+    for (int i = 0, at = 0; i < comps.r; at += comps.c[i].na, ++i) {
+      const Component& s = comps.c[i];
+      const unsigned ia = (I * period_n + p0) / static_cast<unsigned>(s.mb);
+      for (int ja = threadIdx.x; ja < s.na; ja += kBuildThreads)
+        slice[at + ja] = s.identity == Identity::kA ? float(static_cast<int>(ia) == ja)
+                                                    : to_float(__ldg(f.A + s.a_offset + ia * s.na + ja));
+    }
+    __syncthreads();
     const int64_t row = static_cast<int64_t>(I * period_n + p) * K + q;
-#pragma unroll 2
-    for (int J = 0; J < K / period_k; ++J) {
+    typename Base::Raw next = base.load(row);
+#pragma unroll 1
+    for (int J = 0; J < steps; ++J) {
       const int64_t e = row + J * period_k;
-      float v[8], sum[8] = {};
-      base.load8(e, table, v);
+      const typename Base::Raw raw = next;
+      next = base.load(J + 1 < steps ? e + period_k : e);
+      float v[8], sum[8];
 #pragma unroll
       for (int i = 0; i < R; ++i) {
-        if (i < comps.r) {
-          const Component& s = comps.c[i];
-          float a;
-          if (s.identity == Identity::kA) {
-            a = float((I * period_n + p) / s.mb == (J * period_k + q) / s.nb);
-          } else {
-            a = to_float(f.A[a_at[i] + I * s.a_row_step + J * s.a_column_step]);
-          }
+        const float a = slice[a_at[i] + J * comps.c[i].a_column_step];
 #pragma unroll
-          for (int c = 0; c < 8; ++c) sum[c] = fmaf(a, b[i][c], sum[c]);
-        }
+        for (int c = 0; c < 8; ++c) sum[c] = i ? fmaf(a, b[i][c], sum[c]) : a * b[i][c];
       }
+      base.decode(raw, table, offset, v);
 #pragma unroll
       for (int c = 0; c < 8; ++c) v[c] += sum[c];
       store8(out + e, v);
@@ -156,14 +201,16 @@ __global__ void __launch_bounds__(kBuildThreads)
 
 // Periods of the shapes, and whether the periodic kernel takes them.
 struct Periods {
-  int n = 1, k = 8 * kLanes;
+  int n = 8, k = 8 * kLanes;
+  int64_t slice = 0;  // entries in one row of every A_i
   bool ok = true;
 
   explicit Periods(const KronParams& p) {
     for (int64_t i = 0; i < p.r; ++i) {
       n = lcm(n, p.components[i].mb);
       k = lcm(k, p.components[i].nb);
-      ok = ok && p.components[i].nb % 8 == 0;
+      ok = ok && p.components[i].nb % 8 == 0 && p.components[i].mb % 8 == 0;
+      slice += p.components[i].na;
     }
     ok = ok && p.N % n == 0 && p.K % k == 0;
   }
@@ -179,7 +226,8 @@ struct Periods {
   }
 };
 
-inline Components by_value(const KronParams& p, int period_n = 0, int period_k = 0) {
+// Slots beyond r, up to `pad`, repeat component 0.
+inline Components by_value(const KronParams& p, int period_n = 0, int period_k = 0, int pad = 0) {
   Components out;
   out.r = static_cast<int>(p.r);
   for (int i = 0; i < out.r; ++i) {
@@ -189,7 +237,14 @@ inline Components by_value(const KronParams& p, int period_n = 0, int period_k =
     out.c[i] = {ma, na, mb, nb, c.identity, static_cast<int>(c.a_offset), static_cast<int>(c.b_offset),
                 period_n / mb * na, period_k / nb};
   }
+  for (int i = out.r; out.r && i < pad; ++i) out.c[i] = out.c[0];
   return out;
+}
+
+inline bool has_identity(const KronParams& p) {
+  for (int64_t i = 0; i < p.r; ++i)
+    if (p.components[i].identity != Identity::kNone) return true;
+  return false;
 }
 
 template <typename T, typename TF, class Base>
@@ -199,7 +254,7 @@ cudaError_t build(Base base, bool vector_base, int64_t N, int64_t K, const Mixtu
   if (numel == 0) return cudaSuccess;
   if (mix.shapes.r > kMaxComponents) return cudaErrorInvalidValue;
   const Periods period(mix.shapes);
-  const Components comps = by_value(mix.shapes, period.n, period.k);
+  const Components comps = by_value(mix.shapes, period.n, period.k, 10);
   const Factors<TF> f = {static_cast<const TF*>(mix.A), static_cast<const TF*>(mix.B), mix.alpha};
   const bool vector = vector_base && numel % 8 == 0 && aligned(out, 16);
   if (vector && comps.r == 0) {
@@ -207,20 +262,18 @@ cudaError_t build(Base base, bool vector_base, int64_t N, int64_t K, const Mixtu
     copy_kernel<T, Base><<<static_cast<unsigned>(blocks), kBuildThreads, 0, stream>>>(base, numel, out);
     return cudaGetLastError();
   }
-  if (vector && period.ok && comps.r <= 10) {
-    const int macros = static_cast<int>(N / period.n), warps = period.n * (period.k / (8 * kLanes));
-    // long walks amortize the registers' loading, many warps hide latency: about 4096 warps do both
-    int macro_rows = static_cast<int>(static_cast<int64_t>(macros) * warps / 4096);
+  if (vector && period.ok && period.slice <= kMaxSlice && comps.r <= 10) {
+    const int macros = static_cast<int>(N / period.n);
+    const int64_t warps = int64_t{period.n} * (period.k / (8 * kLanes));
+    // as many warps as run at once (16 on each of 132 multiprocessors): long walks amortize what precedes them
+    int64_t macro_rows = macros * warps / 2048;
     macro_rows = macro_rows < 1 ? 1 : macro_rows > macros ? macros : macro_rows;
-    while (macros % macro_rows) --macro_rows;
-    const int64_t total = static_cast<int64_t>(warps) * (macros / macro_rows);
-    constexpr int kWarps = kBuildThreads / kLanes;
-    if (total % kWarps == 0) {
-      auto* kernel = comps.r <= 4 ? build_kernel<T, TF, 4, Base> : build_kernel<T, TF, 10, Base>;
-      kernel<<<static_cast<unsigned>(total / kWarps), kBuildThreads, 0, stream>>>(
-          base, f, comps, static_cast<int>(N), static_cast<int>(K), period.n, period.k, macro_rows, out);
-      return cudaGetLastError();
-    }
+    const int64_t blocks = warps / 8 * ceil_div(macros, macro_rows);
+    auto* kernel = comps.r <= 4 ? build_kernel<T, TF, 4, Base> : build_kernel<T, TF, 10, Base>;
+    kernel<<<static_cast<unsigned>(blocks), kBuildThreads, 0, stream>>>(
+        base, f, comps, static_cast<int>(N), static_cast<int>(K), period.n, period.k, static_cast<int>(macro_rows),
+        out);
+    return cudaGetLastError();
   }
   const int64_t blocks = ceil_div(numel, kBuildThreads);
   build_generic_kernel<T, TF, Base>

@@ -35,9 +35,8 @@ __global__ void quantize_kernel(const T* w, int64_t numel, int64_t blocksize, ui
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(largest));
   for (int64_t e = begin + 2 * lane; e < end; e += 2 * kLanes) {
     const float low = e + 1 < end ? to_float(w[e + 1]) : 0.f;
-    // an all-zero block gives 0 * inf: no threshold is exceeded by NaN, so zero is coded explicitly
-    const int first = largest > 0.f ? nearest_code(to_float(w[e]) * inverse) : 7;
-    const int second = largest > 0.f ? nearest_code(low * inverse) : 7;
+    // in an all-zero block 0 * inf is NaN, which exceeds no threshold: code 0, as bitsandbytes has it
+    const int first = nearest_code(to_float(w[e]) * inverse), second = nearest_code(low * inverse);
     packed[e / 2] = static_cast<uint8_t>(first << 4 | second);
   }
 }
@@ -53,15 +52,17 @@ cudaError_t quantize(const void* w, int64_t numel, int64_t blocksize, uint8_t* p
 }
 
 Nf4Base nf4_base(const Nf4Params& w) {
-  Nf4Base base = {w, 0};
+  Nf4Base base = {w, 0, 0};
   while ((int64_t{1} << base.block_shift) < w.blocksize) ++base.block_shift;
+  while (!w.absmax && (int64_t{1} << base.block2_shift) < w.blocksize2) ++base.block2_shift;
   return base;
 }
 
 template <typename T>
 cudaError_t from_nf4(const Nf4Params& w, const MixtureArgs& mix, void* out, cudaStream_t stream) {
   const Nf4Base base = nf4_base(w);
-  const bool vector = w.blocksize >= 8 && int64_t{1} << base.block_shift == w.blocksize && aligned(w.packed, 4);
+  const bool vector = w.blocksize >= 8 && int64_t{1} << base.block_shift == w.blocksize && aligned(w.packed, 4) &&
+                      (w.absmax || int64_t{1} << base.block2_shift == w.blocksize2);
   if (mix.shapes.r && mix.factor_dtype != Dtype::kF32)
     return build<T, T>(base, vector, w.N, w.K, mix, static_cast<T*>(out), stream);
   return build<T, float>(base, vector, w.N, w.K, mix, static_cast<T*>(out), stream);

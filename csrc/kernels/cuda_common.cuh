@@ -62,8 +62,9 @@ static __constant__ float kNf4[16] = {
 
 // Undoes double quantization with two roundings, as bitsandbytes does.
 __device__ __forceinline__ float block_scale(const Nf4Params& w, int64_t block) {
-  if (w.absmax) return w.absmax[block];
-  return __fadd_rn(__fmul_rn(w.code2[w.absmax_q[block]], w.absmax2[block / w.blocksize2]), *w.offset);
+  if (w.absmax) return __ldg(w.absmax + block);
+  const float scale = __ldg(w.code2 + __ldg(w.absmax_q + block));
+  return __fadd_rn(__fmul_rn(scale, __ldg(w.absmax2 + block / w.blocksize2)), __ldg(w.offset));
 }
 
 // Eight consecutive values, 16-byte accesses.
@@ -75,7 +76,7 @@ __device__ __forceinline__ void load8(const T* p, float (&v)[8]) {
     T t[8];
   } x;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) x.u[i] = reinterpret_cast<const uint4*>(p)[i];
+  for (int i = 0; i < kVectors; ++i) x.u[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
 #pragma unroll
   for (int i = 0; i < 8; ++i) v[i] = to_float(x.t[i]);
 }

@@ -15,88 +15,122 @@ constexpr int kLanes = 32;
 constexpr int kBlock = 64;   // weights per absmax
 constexpr int kChunk = 256;  // columns a warp handles at a time: four blocks of each of its rows
 constexpr int kTableBytes = 256 * kLanes * 4;
-constexpr int kItemLanes = 8;  // lanes that share one sum over a factor's row
+constexpr int kMaxDecodeComponents = 16;
+constexpr int kMaxUnits = 512;  // of four terms each, in one row of the mixture's second half
+constexpr int kRowLanes = 16;   // lanes that share one row's second half
 
-struct Step {
-  bool a_first;  // the order of the two factors
-  int offset;    // of the component's intermediate
-  int count;     // its entries per token
+// One component's two halves. First the smaller intermediate, which lies in `middle` so that the second half
+// contracts neighbouring entries:
+//   a_first:  V [ma, nb] = alpha A X,      y[ia, ib] = sum_jb B[ib, jb] V[ia, jb]
+//   else:     U [mb, na] = alpha B X^T,    y[ia, ib] = sum_ja A[ia, ja] U[ib, ja]
+struct Half {
+  int a_first;
+  int offset;       // of the intermediate, per token
+  int length;       // terms of the second half: nb or na
+  int first_block;  // of stage 1
 };
 
 struct MixturePlan {
-  Components comps;
-  Step step[kMaxComponents];
-  int total;  // intermediate entries per token
+  int r, total, blocks;  // intermediate entries per token; thread blocks of stage 1 per token
+  Component c[kMaxDecodeComponents];
+  Half half[kMaxDecodeComponents];
 };
 
-constexpr int kMaxDecodeComponents = kMaxComponents;
+constexpr int kStage1Threads = 256;
+constexpr int kStage1Lanes = 8;  // lanes per sum over a row of B
+
+// A first: threads per sum over ja, so that none adds more than about 64 terms.
+__host__ __device__ inline int stage1_parts(int na) { return na > 128 ? 4 : na > 64 ? 2 : 1; }
 
 MixturePlan plan_mixture(const KronParams& p) {
   MixturePlan plan;
-  plan.comps.r = static_cast<int>(p.r);
-  plan.total = 0;
-  for (int i = 0; i < plan.comps.r; ++i) {
+  plan.r = static_cast<int>(p.r);
+  plan.total = plan.blocks = 0;
+  for (int i = 0; i < plan.r; ++i) {
     const KronComponent& c = p.components[i];
-    plan.comps.c[i] = {static_cast<int>(c.ma), static_cast<int>(c.na), static_cast<int>(c.mb), static_cast<int>(c.nb),
-                       c.identity, static_cast<int>(c.a_offset), static_cast<int>(c.b_offset), 0, 0};
+    const int ma = static_cast<int>(c.ma), na = static_cast<int>(c.na), mb = static_cast<int>(c.mb);
+    const int nb = static_cast<int>(c.nb);
+    plan.c[i] = {ma, na, mb, nb, c.identity, static_cast<int>(c.a_offset), static_cast<int>(c.b_offset), 0, 0};
     bool a_first = c.ma * c.nb * (c.na + c.mb) <= c.na * c.mb * (c.nb + c.ma);
-    if (c.identity == Identity::kA) a_first = true;
-    if (c.identity == Identity::kB) a_first = false;
-    const int count = static_cast<int>(a_first ? c.ma * c.nb : c.na * c.mb);
-    plan.step[i] = {a_first, plan.total, count};
+    if (c.identity != Identity::kNone) a_first = c.identity == Identity::kA;
+    const int count = a_first ? ma * nb : na * mb;
+    const int per_block = a_first ? kStage1Threads / stage1_parts(na) : kStage1Threads / kStage1Lanes;
+    plan.half[i] = {a_first, plan.total, a_first ? nb : na, plan.blocks};
     plan.total += count;
+    plan.blocks += (count + per_block - 1) / per_block;
   }
   return plan;
 }
 
-__device__ __forceinline__ float sum_item_lanes(float v) {
-#pragma unroll
-  for (int offset = 1; offset < kItemLanes; offset *= 2) v += __shfl_xor_sync(~0u, v, offset);
-  return v;
+// Four consecutive factor entries.
+__device__ __forceinline__ float4 load4(const float* p) { return __ldg(reinterpret_cast<const float4*>(p)); }
+template <typename T>
+__device__ __forceinline__ float4 load4(const T* p) {
+  union {
+    uint2 u;
+    T t[4];
+  } x;
+  x.u = __ldg(reinterpret_cast<const uint2*>(p));
+  return make_float4(to_float(x.t[0]), to_float(x.t[1]), to_float(x.t[2]), to_float(x.t[3]));
+}
+__device__ __forceinline__ float dot4(float4 a, float4 b, float sum) {
+  return fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, sum))));
 }
 
-constexpr int kStage1Threads = 256;
-constexpr int kStage1Outputs = 128;  // per thread block
-
-// blockIdx.y is the token.
+// blockIdx.x names a component and some of its intermediate's entries, blockIdx.y the token.
 template <typename T, typename TF>
 __global__ void __launch_bounds__(kStage1Threads)
     mixture_stage1_kernel(const T* x, int K, Factors<TF> f, const __grid_constant__ MixturePlan plan, float* middle) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
+  __shared__ float parts[kStage1Threads];
+  int i = 0;
+  while (i + 1 < plan.r && static_cast<int>(blockIdx.x) >= plan.half[i + 1].first_block) ++i;
+  const Component s = plan.c[i];
+  const Half half = plan.half[i];
+  const int block = blockIdx.x - half.first_block, thread = threadIdx.x;
   x += static_cast<int64_t>(blockIdx.y) * K;
-  middle += static_cast<int64_t>(blockIdx.y) * plan.total;
-  const int lane = threadIdx.x % kItemLanes, begin = blockIdx.x * kStage1Outputs;
-  for (int o = begin + threadIdx.x / kItemLanes; o < begin + kStage1Outputs; o += kStage1Threads / kItemLanes) {
-    int i = 0;
-    while (i + 1 < plan.comps.r && o >= plan.step[i + 1].offset) ++i;
-    const Component& s = plan.comps.c[i];
-    const int e = o - plan.step[i].offset;
+  middle += static_cast<int64_t>(blockIdx.y) * plan.total + half.offset;
+  const float alpha = f.alpha[i];
+  if (half.a_first) {
+    const int count = stage1_parts(s.na), outputs = kStage1Threads / count;
+    const unsigned o = block * outputs + thread % outputs, part = thread / outputs;
+    const bool inside = o < static_cast<unsigned>(s.ma * s.nb);
+    const unsigned ia = o / static_cast<unsigned>(s.nb), jb = o - ia * s.nb;
     float sum = 0.f;
-    if (o < plan.total) {
-      if (plan.step[i].a_first) {
-        const int ia = e / s.nb, jb = e % s.nb;
-        if (s.identity == Identity::kA) {
-          sum = lane == 0 ? to_float(x[e]) : 0.f;
-        } else {
-#pragma unroll 8
-          for (int ja = lane; ja < s.na; ja += kItemLanes)
-            sum = fmaf(to_float(f.A[s.a_offset + ia * s.na + ja]), to_float(x[ja * s.nb + jb]), sum);
-        }
-      } else {
-        const int ja = e / s.mb, ib = e % s.mb;
-        if (s.identity == Identity::kB) {
-          sum = lane == 0 ? to_float(x[e]) : 0.f;
-        } else {
-#pragma unroll 8
-          for (int jb = lane; jb < s.nb; jb += kItemLanes)
-            sum = fmaf(to_float(f.B[s.b_offset + ib * s.nb + jb]), to_float(x[ja * s.nb + jb]), sum);
-        }
-      }
+    if (s.identity == Identity::kA) {
+      if (inside && part == 0) sum = to_float(x[o]);
+    } else if (inside) {
+      const int step = (s.na + count - 1) / count, end = min(s.na, static_cast<int>(part + 1) * step);
+      const TF* a = f.A + s.a_offset + ia * s.na;
+#pragma unroll 16
+      for (int ja = part * step; ja < end; ++ja)
+        sum = fmaf(to_float(__ldg(a + ja)), to_float(__ldg(x + ja * s.nb + jb)), sum);
     }
-    sum = sum_item_lanes(sum);
-    if (lane == 0 && o < plan.total) middle[o] = f.alpha[i] * sum;
+    parts[thread] = sum;
+    __syncthreads();
+    if (part == 0 && inside) {
+      for (int v = 1; v < count; ++v) sum += parts[v * outputs + thread];
+      middle[o] = alpha * sum;
+    }
+  } else {
+    const int lane = thread % kStage1Lanes;
+    const unsigned o = block * (kStage1Threads / kStage1Lanes) + thread / kStage1Lanes;
+    const bool inside = o < static_cast<unsigned>(s.mb * s.na);
+    const unsigned ib = o / static_cast<unsigned>(s.na), ja = o - ib * s.na;
+    float sum = 0.f;
+    if (s.identity == Identity::kB) {
+      if (inside && lane == 0) sum = to_float(__ldg(x + ja * s.nb + ib));
+    } else if (inside) {
+      const TF* b = f.B + s.b_offset + ib * s.nb;
+#pragma unroll 8
+      for (int jb = lane * 4; jb < s.nb; jb += kStage1Lanes * 4)
+        sum = dot4(load4(b + jb), load4(x + ja * s.nb + jb), sum);
+    }
+#pragma unroll
+    for (int offset = 1; offset < kStage1Lanes; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (lane == 0 && inside) middle[o] = alpha * sum;
   }
 }
 
@@ -165,7 +199,7 @@ __host__ __device__ constexpr int decode_bytes() {
 }
 
 // One thread block computes 16 MT rows of y for up to 8 NT tokens; its warps share out K.
-template <typename T, typename TF, int MT, int NT, int WARPS>
+template <typename T, typename TF, int MT, int NT, int WARPS, bool kMixture>
 __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
     decode_kernel(const T* x, int tokens, const __grid_constant__ Nf4Params w, int shift2, const T* bias, Factors<TF> f,
                   const __grid_constant__ MixturePlan plan, const float* middle, T* y) {
@@ -187,6 +221,27 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
   if (nested)
     for (int i = threadIdx.x; i < 256; i += blockDim.x) code2[i] = w.code2[i];
   __syncthreads();
+
+  __shared__ int factor_row[kMixture ? kRows : 1][kMaxDecodeComponents], middle_row[kMixture ? kRows : 1][kMaxDecodeComponents];
+  __shared__ uint16_t unit_component[kMixture ? kMaxUnits : 1], unit_term[kMixture ? kMaxUnits : 1];
+  int units = 0;
+  if (kMixture) {
+    for (int e = threadIdx.x; e < kRows * plan.r; e += WARPS * kLanes) {
+      const int r = e / plan.r, i = e % plan.r;
+      const Component& s = plan.c[i];
+      const int ia = (row0 + r) / s.mb, ib = (row0 + r) % s.mb;
+      factor_row[r][i] = plan.half[i].a_first ? s.b_offset + ib * s.nb : s.a_offset + ia * s.na;
+      middle_row[r][i] = plan.half[i].offset + (plan.half[i].a_first ? ia * s.nb : ib * s.na);
+    }
+    for (int i = 0; i < plan.r; ++i) {
+      const int count = plan.half[i].length / 4;
+      for (int j = threadIdx.x; j < count; j += WARPS * kLanes) {
+        unit_component[units + j] = static_cast<uint16_t>(i);
+        unit_term[units + j] = static_cast<uint16_t>(j * 4);
+      }
+      units += count;
+    }
+  }
 
   float acc[MT][NT][4] = {};
   for (int chunk = warp; chunk < chunks; chunk += WARPS) {
@@ -255,35 +310,31 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
     for (int v = 0; v < WARPS; ++v) total += s[v * kRows * kStride];
     s[0] = total;
   }
-  if (plan.comps.r > 0) {
+  if (kMixture) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
 #endif
     __syncthreads();
-    // second half of the mixture: kItemLanes lanes per (row, token), components in order
-    const int sub = lane % kItemLanes;
-    const int items = kRows * tokens, padded = static_cast<int>(ceil_div(items, kLanes / kItemLanes)) * (kLanes / kItemLanes);
-    for (int o = threadIdx.x / kItemLanes; o < padded; o += WARPS * kLanes / kItemLanes) {
-      float sum = 0.f;
-      const int row = row0 + o % kRows, token = o / kRows;
-      if (o < items) {
-        for (int i = 0; i < plan.comps.r; ++i) {
-          const Component& s = plan.comps.c[i];
-          const float* v = middle + static_cast<int64_t>(token) * plan.total + plan.step[i].offset;
-          const int ia = row / s.mb, ib = row % s.mb;
-          if (plan.step[i].a_first) {
-#pragma unroll 4
-            for (int jb = sub; jb < s.nb; jb += kItemLanes)
-              sum = fmaf(to_float(f.B[s.b_offset + ib * s.nb + jb]), v[ia * s.nb + jb], sum);
-          } else {
-#pragma unroll 4
-            for (int ja = sub; ja < s.na; ja += kItemLanes)
-              sum = fmaf(to_float(f.A[s.a_offset + ia * s.na + ja]), v[ja * s.mb + ib], sum);
-          }
-        }
-      }
-      sum = sum_item_lanes(sum);
-      if (sub == 0 && o < items) sums[o % kRows * kStride + token] += sum;
+    // second half of the mixture: kRowLanes lanes per row, every lane the same four-term units for all tokens
+    static_assert(WARPS * kLanes == kRows * kRowLanes);
+    const int r = threadIdx.x / kRowLanes, sub = threadIdx.x % kRowLanes;
+    constexpr int kTokens = 8 * NT;
+    float sum[kTokens] = {};
+#pragma unroll 5
+    for (int u = sub; u < units; u += kRowLanes) {
+      const int i = unit_component[u], j = unit_term[u];
+      const float4 w4 = load4((plan.half[i].a_first ? f.B : f.A) + factor_row[r][i] + j);
+      const float* v = middle + middle_row[r][i] + j;
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t)
+        if (t < tokens)
+          sum[t] = dot4(w4, *reinterpret_cast<const float4*>(v + static_cast<int64_t>(t) * plan.total), sum[t]);
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+      for (int o = 1; o < kRowLanes; o *= 2) sum[t] += __shfl_xor_sync(~0u, sum[t], o);
+      if (sub == 0 && t < tokens) sums[r * kStride + t] += sum[t];
     }
   }
   __syncthreads();
@@ -308,10 +359,10 @@ struct DecodeArgs {
   cudaStream_t stream;
 };
 
-template <typename T, typename TF, int MT, int NT, int WARPS>
+template <typename T, typename TF, int MT, int NT, int WARPS, bool kMixture>
 cudaError_t launch_main(const DecodeArgs& d) {
   constexpr int kBytes = decode_bytes<MT, NT, WARPS>();
-  auto* kernel = decode_kernel<T, TF, MT, NT, WARPS>;
+  auto* kernel = decode_kernel<T, TF, MT, NT, WARPS, kMixture>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
@@ -326,7 +377,7 @@ cudaError_t launch_main(const DecodeArgs& d) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   config.attrs = &overlap;
-  config.numAttrs = d.plan.comps.r > 0 && major >= 9 ? 1 : 0;
+  config.numAttrs = kMixture && major >= 9 ? 1 : 0;
   const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
   return cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(d.x), d.tokens, d.w, d.shift2,
                             static_cast<const T*>(d.bias), f, d.plan, static_cast<const float*>(d.middle),
@@ -334,23 +385,28 @@ cudaError_t launch_main(const DecodeArgs& d) {
 }
 
 template <typename T, typename TF>
+cudaError_t decode_with_mixture(const DecodeArgs& d) {
+  const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
+  const dim3 grid(static_cast<unsigned>(d.plan.blocks), static_cast<unsigned>(d.tokens));
+  mixture_stage1_kernel<T, TF><<<grid, kStage1Threads, 0, d.stream>>>(static_cast<const T*>(d.x),
+                                                                      static_cast<int>(d.w.K), f, d.plan, d.middle);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  if (d.tokens <= 8) return launch_main<T, TF, 1, 1, 8, true>(d);
+  return d.w.N % 32 == 0 ? launch_main<T, TF, 2, 2, 16, true>(d) : launch_main<T, TF, 1, 2, 8, true>(d);
+}
+
+template <typename T>
 cudaError_t decode(const DecodeArgs& d) {
-  if (d.plan.comps.r > 0) {
-    const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
-    const dim3 grid(static_cast<unsigned>(ceil_div(d.plan.total, kStage1Outputs)), static_cast<unsigned>(d.tokens));
-    mixture_stage1_kernel<T, TF><<<grid, kStage1Threads, 0, d.stream>>>(static_cast<const T*>(d.x),
-                                                                        static_cast<int>(d.w.K), f, d.plan, d.middle);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-  }
-  if (d.tokens <= 8) return launch_main<T, TF, 1, 1, 8>(d);
+  if (d.plan.r > 0)
+    return d.mix.factor_dtype == Dtype::kF32 ? decode_with_mixture<T, float>(d) : decode_with_mixture<T, T>(d);
+  if (d.tokens <= 8) return launch_main<T, float, 1, 1, 8, false>(d);
   if (d.w.N % 32 == 0) {
-    if (d.tokens <= 16) return launch_main<T, TF, 2, 2, 16>(d);
-    if (d.tokens <= 32) return launch_main<T, TF, 2, 4, 16>(d);
-    return launch_main<T, TF, 2, 8, 16>(d);
+    if (d.tokens <= 16) return launch_main<T, float, 2, 2, 16, false>(d);
+    if (d.tokens <= 32) return launch_main<T, float, 2, 4, 16, false>(d);
+    return launch_main<T, float, 2, 8, 16, false>(d);
   }
-  if (d.tokens <= 16) return launch_main<T, TF, 1, 2, 8>(d);
-  return launch_main<T, TF, 1, 8, 8>(d);
+  return d.tokens <= 16 ? launch_main<T, float, 1, 2, 8, false>(d) : launch_main<T, float, 1, 8, 8, false>(d);
 }
 
 }  // namespace
@@ -361,6 +417,18 @@ bool decode_supports(const Nf4Params& w) {
          w.N < INT32_MAX && w.K < INT32_MAX && aligned(w.packed, 8);
 }
 
+bool decode_supports(const MixtureArgs& mix) {
+  const KronParams& p = mix.shapes;
+  bool ok = p.r <= kMaxDecodeComponents && aligned(mix.A, 16) && aligned(mix.B, 16);
+  int64_t terms = 0;
+  for (int64_t i = 0; i < p.r; ++i) {
+    const KronComponent& c = p.components[i];
+    ok = ok && c.na % 4 == 0 && c.nb % 4 == 0 && c.a_offset % 4 == 0 && c.b_offset % 4 == 0;
+    terms += c.na > c.nb ? c.na : c.nb;
+  }
+  return ok && terms / 4 <= kMaxUnits;
+}
+
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens) {
   return mixture.r > 0 ? plan_mixture(mixture).total * tokens : 0;
 }
@@ -368,15 +436,12 @@ int64_t decode_scratch(const KronParams& mixture, int64_t tokens) {
 cudaError_t launch_decode(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias,
                           const MixtureArgs& mix, float* scratch, void* y, cudaStream_t stream) {
   if (tokens == 0 || w.N == 0) return cudaSuccess;
-  if (tokens > kMaxDecodeTokens || mix.shapes.r > kMaxDecodeComponents) return cudaErrorInvalidValue;
+  if (tokens > (mix.shapes.r ? kMaxDecodeTokensMixture : kMaxDecodeTokens)) return cudaErrorInvalidValue;
   const MixturePlan plan = plan_mixture(mix.shapes);
   int shift2 = 0;
   while (!w.absmax && (int64_t{1} << shift2) < w.blocksize2) ++shift2;
   const DecodeArgs d = {x, static_cast<int>(tokens), w, shift2, bias, mix, plan, scratch, y, stream};
-  const bool fp32 = plan.comps.r == 0 || mix.factor_dtype == Dtype::kF32;
-  if (dtype == Dtype::kBF16)
-    return fp32 ? decode<__nv_bfloat16, float>(d) : decode<__nv_bfloat16, __nv_bfloat16>(d);
-  return fp32 ? decode<__half, float>(d) : decode<__half, __half>(d);
+  return dtype == Dtype::kBF16 ? decode<__nv_bfloat16>(d) : decode<__half>(d);
 }
 
 }  // namespace moka::cuda

@@ -9,10 +9,14 @@
 
 namespace moka::cuda {
 
-constexpr int64_t kMaxDecodeTokens = 64;
+constexpr int64_t kMaxDecodeTokens = 64;         // without a mixture
+constexpr int64_t kMaxDecodeTokensMixture = 16;  // with one
 
 // Whether the kernels take this weight: K a multiple of 256, N of 16, blocks of 64, aligned.
 bool decode_supports(const Nf4Params& w);
+
+// Whether they take this mixture: at most 16 components, na and nb multiples of 4, aligned.
+bool decode_supports(const MixtureArgs& mix);
 
 // Floats of scratch that launch_decode needs for the mixture's intermediates.
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens);

@@ -41,7 +41,7 @@ struct ContractPlan {
   }
 };
 
-template <typename TF>
+template <typename TF, bool kIdentity>
 __global__ void __launch_bounds__(kContractThreads, 2)
     contract_kernel(const float* G, Factors<TF> f, const __grid_constant__ Components comps, int N, int K,
                     int period_n, int period_k, int tile_rows, int splits, float* part, float* tiles) {
@@ -52,50 +52,65 @@ __global__ void __launch_bounds__(kContractThreads, 2)
   if (split >= splits) return;
   const int p = tn * 16 + lane / 2, q = tk * kTileColumns + lane % 2 * 8;
 
+  // as in build_kernel, components beyond r repeat component 0 with B = 0
   float b[kContractR][8], acc[kContractR][8];
   int a_at[kContractR];
 #pragma unroll
   for (int i = 0; i < kContractR; ++i) {
-    a_at[i] = i < comps.r ? comps.c[i].a_offset + p / comps.c[i].mb * comps.c[i].na + q / comps.c[i].nb : 0;
+    const Component& s = comps.c[i];
+    a_at[i] = s.a_offset + p / s.mb * s.na + q / s.nb;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      acc[i][c] = b[i][c] = 0.f;
-      if (i < comps.r) {
-        const Component& s = comps.c[i];
-        const int ib = p % s.mb, jb = q % s.nb + c;
-        b[i][c] =
-            s.identity == Identity::kB ? float(ib == jb) : to_float(f.B[s.b_offset + ib * s.nb + jb]);
-      }
+      const int ib = p % s.mb, jb = q % s.nb + c;
+      acc[i][c] = 0.f;
+      b[i][c] = i >= comps.r                                ? 0.f
+                : kIdentity && s.identity == Identity::kB ? float(ib == jb)
+                                                            : to_float(f.B[s.b_offset + ib * s.nb + jb]);
     }
   }
 
   const int macros_k = K / period_k;
   const int64_t macros = static_cast<int64_t>(N / period_n) * macros_k;
-  for (int64_t m = macros * split / splits; m < macros * (split + 1) / splits; ++m) {
+  const int64_t begin = macros * split / splits, end = macros * (split + 1) / splits;
+  float next[8];
+  load8(G + (begin / macros_k * period_n + p) * K + begin % macros_k * period_k + q, next);
+  for (int64_t m = begin; m < end; ++m) {
     const int I = static_cast<int>(m / macros_k), J = static_cast<int>(m % macros_k);
     const int n = I * period_n + p, k = J * period_k + q;
-    float g[8];
-    load8(G + static_cast<int64_t>(n) * K + k, g);
+    float g[8], a[kContractR], dot[kContractR];
+#pragma unroll
+    for (int c = 0; c < 8; ++c) g[c] = next[c];
+    const int64_t ahead = m + 1 < end ? m + 1 : m;
+    load8(G + (ahead / macros_k * period_n + p) * K + ahead % macros_k * period_k + q, next);
 #pragma unroll
     for (int i = 0; i < kContractR; ++i) {
-      if (i < comps.r) {
-        const Component& s = comps.c[i];
-        const float a = s.identity == Identity::kA
-                            ? float(n / s.mb == k / s.nb)
-                            : to_float(f.A[a_at[i] + I * s.a_row_step + J * s.a_column_step]);
-        float dot = 0.f;
+      const Component& s = comps.c[i];
+      a[i] = kIdentity && s.identity == Identity::kA
+                 ? float(n / s.mb == k / s.nb)
+                 : to_float(__ldg(f.A + a_at[i] + I * s.a_row_step + J * s.a_column_step));
+    }
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          dot = fmaf(b[i][c], g[c], dot);
-          acc[i][c] = fmaf(a, g[c], acc[i][c]);
-        }
+    for (int i = 0; i < kContractR; ++i) {
+      dot[i] = 0.f;
 #pragma unroll
-        for (int offset = 1; offset < 16; offset *= 2) dot += __shfl_xor_sync(~0u, dot, offset);
-        if (tile_rows == 16) dot += __shfl_xor_sync(~0u, dot, 16);
-        if (lane % (2 * tile_rows) == 0)
-          tiles[(static_cast<int64_t>(i) * (N / tile_rows) + n / tile_rows) * (K / kTileColumns) +
-                k / kTileColumns] = dot;
+      for (int c = 0; c < 8; ++c) {
+        dot[i] = fmaf(b[i][c], g[c], dot[i]);
+        acc[i][c] = fmaf(a[i], g[c], acc[i][c]);
       }
+    }
+#pragma unroll
+    for (int offset = 1; offset < 16; offset *= 2)
+#pragma unroll
+      for (int i = 0; i < kContractR; ++i) dot[i] += __shfl_xor_sync(~0u, dot[i], offset);
+    if (tile_rows == 16)
+#pragma unroll
+      for (int i = 0; i < kContractR; ++i) dot[i] += __shfl_xor_sync(~0u, dot[i], 16);
+    if (lane % (2 * tile_rows) == 0) {
+      float* t = tiles + static_cast<int64_t>(n / tile_rows) * (K / kTileColumns) + k / kTileColumns;
+      const int64_t stride = static_cast<int64_t>(N / tile_rows) * (K / kTileColumns);
+#pragma unroll
+      for (int i = 0; i < kContractR; ++i)
+        if (i < comps.r) t[i * stride] = dot[i];
     }
   }
 #pragma unroll
@@ -181,7 +196,7 @@ __global__ void gather_slabs_kernel(const float* partial, const __grid_constant_
   }
 }
 
-constexpr int kFinishThreads = 512;
+constexpr int kFinishThreads = 1024;
 
 // One thread block per component.
 template <typename TF>
@@ -193,15 +208,17 @@ __global__ void __launch_bounds__(kFinishThreads)
   const bool dot_on_b = s.identity == Identity::kA;
   float dot = 0;
   if (s.identity != Identity::kA) {
+#pragma unroll 4
     for (int e = threadIdx.x; e < s.ma * s.na; e += kFinishThreads) {
-      const float v = raw_A[s.a_offset + e];
+      const float v = __ldg(raw_A + s.a_offset + e);
       if (grad_A) grad_A[s.a_offset + e] = from_acc<TF>(alpha * v);
-      dot += v * to_float(f.A[s.a_offset + e]);
+      dot += v * to_float(__ldg(f.A + s.a_offset + e));
     }
   }
   if (s.identity != Identity::kB) {
+#pragma unroll 4
     for (int e = threadIdx.x; e < s.mb * s.nb; e += kFinishThreads) {
-      const float v = raw_B[s.b_offset + e];
+      const float v = __ldg(raw_B + s.b_offset + e);
       if (grad_B) grad_B[s.b_offset + e] = from_acc<TF>(alpha * v);
       if (dot_on_b) dot += v * to_float(f.B[s.b_offset + e]);
     }
@@ -239,14 +256,15 @@ cudaError_t contract(const float* G, const MixtureArgs& mix, float* scratch, flo
                      cudaStream_t stream) {
   const KronParams& p = mix.shapes;
   const ContractPlan plan(p);
-  const Components comps = by_value(p, plan.period_n, plan.period_k);
+  const Components comps = by_value(p, plan.period_n, plan.period_k, kContractR);
   const int N = static_cast<int>(p.N), K = static_cast<int>(p.K);
   const unsigned r = static_cast<unsigned>(p.r);
   if (plan.ok && aligned(G, 16)) {
     float *part = scratch, *tiles = scratch + plan.part_floats;
     const int64_t warps =
         int64_t{plan.period_n} / 16 * (plan.period_k / kTileColumns) * plan.splits;
-    contract_kernel<TF><<<static_cast<unsigned>(ceil_div(warps, kContractThreads / kLanes)), kContractThreads, 0,
+    auto* kernel = has_identity(p) ? contract_kernel<TF, true> : contract_kernel<TF, false>;
+    kernel<<<static_cast<unsigned>(ceil_div(warps, kContractThreads / kLanes)), kContractThreads, 0,
                           stream>>>(G, factors<TF>(mix), comps, N, K, plan.period_n,
                                     plan.period_k, plan.tile_rows, plan.splits, part, tiles);
     const dim3 grid(static_cast<unsigned>(ceil_div(largest_factor(p), 128)), r, 2);

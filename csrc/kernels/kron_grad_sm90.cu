@@ -7,7 +7,8 @@
 //   warpgroup 0:  P [(t,s), 2s] = T1 F1            then  dF2 [L, 2s] += T2 [L, (t,s)] P' [(t,s), 2s]
 //   warpgroup 1:  V [(t,s), 2s] = T2^T F2          then  dF1 [L, 2s] += T1^T [L, (t,s)] V' [(t,s), 2s]
 // where P' holds the same numbers as P with the two meanings of s exchanged: row (t, f), column (copy, r).
-// A third role, one warp, streams tiles of 64/s tokens through a ring of shared-memory stages.
+// Two more warps stream tiles of 64/s tokens through a ring of shared-memory stages: one by bulk tensor copies, one,
+// for the rows of T2 when they are shorter than 128 bytes (bulk copies of such rows are slow), by 16-byte copies.
 #include <cuda.h>
 
 #include "cuda_common.cuh"
@@ -20,14 +21,15 @@ namespace {
 constexpr int kTokenBytes = kGradWidth * 2;
 constexpr int kRingBytes = 16 * kTokenBytes;  // 128 KB: 16 / (2 * 64/s) stages of T1 and T2
 constexpr int kFactorBytes = 2 * kTokenBytes;
-constexpr int kThreads = 2 * 128 + 32;
+constexpr int kThreads = 2 * 128 + 2 * 32;
 
 struct GradLaunch {
   CUtensorMap t1[kMaxGradGroups];  // [M s, L] in boxes of 64 x 64
-  CUtensorMap t2[kMaxGradGroups];  // [M L, s] in boxes of up to 256 x s
+  CUtensorMap t2[kMaxGradGroups];  // [M L, s] in boxes of L x s; s = 64 only
   GradGroup group[kMaxGradGroups];
   int a_offset[kMaxGradGroups][2], b_offset[kMaxGradGroups][2];
   int num_groups;
+  const void *x, *dy;
   int64_t M;
 };
 
@@ -39,15 +41,23 @@ __device__ __forceinline__ int swizzled(int rows, int row, int column) {
   return ((chunk * rows + row) * 8 + (unit ^ (row & 7))) * 8 + column % 8;
 }
 
-// F [L, 2s] of one side as a [2s, L] operand; natural: the factor is stored [s, L], else [L, s].
+// F [L, 2s] of one side as a [2s, L] operand, by one warpgroup; natural: the factor is stored [s, L], else [L, s].
 template <int S, typename T, typename TF>
 __device__ void load_factor(T* dst, const TF* flat, const int* offset, bool has_second, bool natural) {
-  constexpr int L = kGradWidth / S;
-  for (int e = threadIdx.x; e < 2 * kGradWidth; e += kThreads) {
-    const int copy = e / kGradWidth, i = e % kGradWidth;
-    const int r = natural ? i / L : i % S, l = natural ? i % L : i / S;
-    const float v = copy && !has_second ? 0.f : to_float(flat[offset[copy] + i]);
-    dst[swizzled(2 * S, copy * S + r, l)] = from_acc<T>(v);
+  constexpr int L = kGradWidth / S, kBatch = 16;
+  for (int e0 = threadIdx.x % 128; e0 < 2 * kGradWidth; e0 += 128 * kBatch) {
+    float v[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int e = e0 + j * 128, copy = e / kGradWidth;
+      v[j] = copy && !has_second ? 0.f : to_float(__ldg(flat + offset[copy] + e % kGradWidth));
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int e = e0 + j * 128, copy = e / kGradWidth, i = e % kGradWidth;
+      const int r = natural ? i / L : i % S, l = natural ? i % L : i / S;
+      dst[swizzled(2 * S, copy * S + r, l)] = from_acc<T>(v[j]);
+    }
   }
 }
 
@@ -57,24 +67,46 @@ struct Tile {
   static constexpr int kTokens = 64 / S;
   static constexpr int kBytes = kTokens * kTokenBytes;  // of T1, and of T2
   static constexpr int kStages = kRingBytes / (2 * kBytes);
-  static constexpr int kBoxRows = L * kTokens < 256 ? L * kTokens : 256;
+  static constexpr bool kSmallRows = S < 64;  // of T2: not by bulk copies
 };
 
+// One thread: T1 always, T2 when its rows are 128 bytes.
 template <int S>
-__device__ void produce(const CUtensorMap* map1, const CUtensorMap* map2, uint8_t* ring, uint64_t* full,
-                        uint64_t* empty, int first, int stride, int tiles) {
+__device__ void produce_boxes(const CUtensorMap* map1, const CUtensorMap* map2, uint8_t* ring, uint64_t* full,
+                              uint64_t* empty, int first, int stride, int tiles) {
   using C = Tile<S>;
   int stage = 0, phase = 0;
   for (int tile = first; tile < tiles; tile += stride) {
     barrier_wait(&empty[stage], phase ^ 1);
-    barrier_expect(&full[stage], 2 * C::kBytes);
+    barrier_expect(&full[stage], C::kSmallRows ? C::kBytes : 2 * C::kBytes);
     uint8_t* t1 = ring + stage * 2 * C::kBytes;
-    uint8_t* t2 = t1 + C::kBytes;
 #pragma unroll
     for (int c = 0; c < C::L / 64; ++c) copy_box(t1 + c * kTokenBytes, map1, c * 64, tile * 64, &full[stage]);
+    if constexpr (!C::kSmallRows) copy_box(t1 + C::kBytes, map2, 0, tile * C::L, &full[stage]);
+    if (++stage == C::kStages) stage = 0, phase ^= 1;
+  }
+}
+
+// One warp: T2 with rows of 32 or 64 bytes, in the swizzle of that width.
+template <int S>
+__device__ void produce_rows(const uint8_t* t2, int64_t M, uint8_t* ring, uint64_t* full, uint64_t* empty, int first,
+                             int stride, int tiles) {
+  using C = Tile<S>;
+  const int lane = threadIdx.x % 32;
+  const int swizzled_lane = lane * 16 ^ (lane / 8 & (S == 32 ? 3 : 1)) << 4;
+  int stage = 0, phase = 0;
+  for (int tile = first; tile < tiles; tile += stride) {
+    barrier_wait(&empty[stage], phase ^ 1);
+    const uint32_t dst = shared_address(ring) + stage * 2 * C::kBytes + C::kBytes + swizzled_lane;
+    const uint8_t* src = t2 + static_cast<int64_t>(tile) * C::kBytes + lane * 16;
 #pragma unroll
-    for (int r = 0; r < C::L * C::kTokens; r += C::kBoxRows)
-      copy_box(t2 + r * S * 2, map2, 0, tile * C::L * C::kTokens + r, &full[stage]);
+    for (int t = 0; t < C::kTokens; ++t) {
+      const bool inside = static_cast<int64_t>(tile) * C::kTokens + t < M;
+#pragma unroll 8
+      for (int i = t * kTokenBytes; i < (t + 1) * kTokenBytes; i += 512)
+        copy_async16(dst + i, inside ? src + i : t2, inside ? 16 : 0);
+    }
+    barrier_arrive_after_copies(&full[stage]);
     if (++stage == C::kStages) stage = 0, phase ^= 1;
   }
 }
@@ -126,9 +158,12 @@ __device__ void consume(const uint8_t* ring, const T* factor, T* middle, uint64_
     }
   };
 
+  proxy_fence();  // the factor's stores
+  named_barrier(1 + kSide, 128);
   int stage = 0, phase = 0;
   if (first < tiles) {
     barrier_wait(&full[0], 0);
+    if (C::kSmallRows) proxy_fence();  // T2 came by ordinary copies
     wgmma_fence();
     first_product(0);
     wgmma_commit();
@@ -155,6 +190,7 @@ __device__ void consume(const uint8_t* ring, const T* factor, T* middle, uint64_
     if (tile + stride < tiles) {
       if (++stage == C::kStages) stage = 0, phase ^= 1;
       barrier_wait(&full[stage], phase);
+      if (C::kSmallRows) proxy_fence();
     }
     wgmma_fence();
     second_product(current);
@@ -189,14 +225,11 @@ __device__ void run_group(const GradLaunch& p, int g, const TF* A, const TF* B, 
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < Tile<S>::kStages; ++s) {
-      barrier_init(&full[s], 1);
+      barrier_init(&full[s], Tile<S>::kSmallRows ? 33 : 1);
       barrier_init(&empty[s], 8);  // one arrival per consumer warp
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  load_factor<S>(f1, B, p.b_offset[g], group.second >= 0, group.mirrored);
-  load_factor<S>(f2, A, p.a_offset[g], group.second >= 0, !group.mirrored);
-  proxy_fence();
   __syncthreads();
 
   const int tiles = static_cast<int>(ceil_div(p.M, Tile<S>::kTokens));
@@ -204,11 +237,16 @@ __device__ void run_group(const GradLaunch& p, int g, const TF* A, const TF* B, 
   float* out = partial + blockIdx.x * kGradSlab;
   const int role = threadIdx.x / 128;
   if (role == 0) {
+    load_factor<S>(f1, B, p.b_offset[g], group.second >= 0, group.mirrored);
     consume<S, T, 0>(ring, f1, middle1, full, empty, first, stride, tiles, out);
   } else if (role == 1) {
+    load_factor<S>(f2, A, p.a_offset[g], group.second >= 0, !group.mirrored);
     consume<S, T, 1>(ring, f2, middle2, full, empty, first, stride, tiles, out + kGradSlab / 2);
-  } else if (threadIdx.x % 32 == 0) {
-    produce<S>(&p.t1[g], &p.t2[g], ring, full, empty, first, stride, tiles);
+  } else if (threadIdx.x == 256) {
+    produce_boxes<S>(&p.t1[g], &p.t2[g], ring, full, empty, first, stride, tiles);
+  } else if (threadIdx.x >= 288 && Tile<S>::kSmallRows) {
+    produce_rows<S>(static_cast<const uint8_t*>(group.mirrored ? p.dy : p.x), p.M, ring, full, empty, first, stride,
+                    tiles);
   }
 }
 
@@ -246,16 +284,13 @@ EncodeTiled encode_tiled() {
   return fn;
 }
 
-bool encode(CUtensorMap* map, const void* base, bool bf16, int64_t rows, int columns, int box_rows, int box_columns) {
+bool encode(CUtensorMap* map, const void* base, bool bf16, int64_t rows, int columns, int box_rows) {
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t step[2] = {1, 1};
-  const auto swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-                       : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                           : CU_TENSOR_MAP_SWIZZLE_32B;
   return encode_tiled()(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-                        const_cast<void*>(base), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                        const_cast<void*>(base), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -270,7 +305,7 @@ cudaError_t launch(const GradLaunch& p, const void* A, const void* B, int sms, f
 }
 
 // Relative time of one token in each kind of group, from measurements on an H200.
-double group_cost(int side) { return side == 64 ? 8.0 : side == 32 ? 4.5 : 3.3; }
+double group_cost(int side) { return side == 64 ? 8.0 : side == 32 ? 4.8 : 4.0; }
 
 }  // namespace
 
@@ -314,11 +349,12 @@ cudaError_t launch_kron_grad_sm90(const void* x, const void* dy, const void* A, 
   GradLaunch p;
   p.num_groups = num_groups;
   p.M = M;
+  p.x = x, p.dy = dy;
   for (int g = 0; g < num_groups; ++g) {
     const GradGroup& group = p.group[g] = groups[g];
-    const int s = group.side, L = kGradWidth / s, rows = L * (64 / s);
-    const bool ok = encode(&p.t1[g], group.mirrored ? x : dy, bf16, M * s, L, 64, 64) &&
-                    encode(&p.t2[g], group.mirrored ? dy : x, bf16, M * L, s, rows < 256 ? rows : 256, s);
+    const int s = group.side, L = kGradWidth / s;
+    const bool ok = encode(&p.t1[g], group.mirrored ? x : dy, bf16, M * s, L, 64) &&
+                    (s < 64 || encode(&p.t2[g], group.mirrored ? dy : x, bf16, M * L, s, L));
     if (!ok) return cudaErrorInvalidValue;
     const int pair[2] = {group.first, group.second < 0 ? group.first : group.second};
     for (int i = 0; i < 2; ++i) {

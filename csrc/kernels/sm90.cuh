@@ -50,6 +50,14 @@ __device__ __forceinline__ void copy_box(void* dst, const void* map, int x, int 
       : "memory");
 }
 
+// Copies 16 bytes (zeros when `bytes` is 0) to shared memory, and lets `bar` know when this thread's copies are done.
+__device__ __forceinline__ void copy_async16(uint32_t dst, const void* src, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+
 // Shared-memory matrix descriptor; swizzle: 1 = 128 bytes, 2 = 64, 3 = 32. Offsets in bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int leading, int stride, int swizzle) {
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |

@@ -18,8 +18,10 @@ inline const char* name(GradKernel k) { return k == GradKernel::kFactoredSm90 ? 
 inline bool sixteen_bit(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
 
 // y = W x: few tokens read the 4-bit weight directly, many go through a dense copy and cuBLAS.
-inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, at::ScalarType dtype, bool transpose) {
-  const bool few = tokens <= kMaxDecodeTokens && !transpose && sixteen_bit(dtype) && decode_supports(w);
+inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const MixtureArgs& mix, at::ScalarType dtype,
+                                  bool transpose) {
+  const int64_t most = mix.shapes.r ? kMaxDecodeTokensMixture : kMaxDecodeTokens;
+  const bool few = tokens <= most && !transpose && sixteen_bit(dtype) && decode_supports(w) && decode_supports(mix);
   return few ? LinearKernel::kDecode : LinearKernel::kBuild;
 }
 

@@ -76,8 +76,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
     return {pick(need_A, g.A, A), pick(need_B, g.B, B), pick(need_alpha, g.alpha, alpha)};
   }
 
-  Grads g = {at::zeros_like(mix.A), at::zeros_like(mix.B), at::zeros_like(mix.alpha)};
-  if (tokens > 0) {
+  Grads g;
+  if (tokens == 0) {
+    g = {at::zeros_like(mix.A), at::zeros_like(mix.B), at::zeros_like(mix.alpha)};
+  } else {
+    g = {at::empty_like(mix.A), at::empty_like(mix.B), at::empty_like(mix.alpha)};
     const cudaStream_t stream = current_stream();
     const KronParams& p = mix.args.shapes;
     const auto fp32 = mix.A.options().dtype(at::kFloat);

@@ -82,8 +82,9 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
     b = bias->to(x.scalar_type()).contiguous();
   }
   if (path != "merged" && tokens > 0 &&
-      choose_linear(tokens, w.params, x.scalar_type(), transpose) == LinearKernel::kDecode) {
-    const at::Tensor xc = x2.contiguous();
+      choose_linear(tokens, w.params, mix.args, x.scalar_type(), transpose) == LinearKernel::kDecode) {
+    at::Tensor xc = x2.contiguous();
+    if (reinterpret_cast<uintptr_t>(xc.const_data_ptr()) % 16) xc = xc.clone();
     at::Tensor y = at::empty({tokens, out}, x.options());
     const at::Tensor scratch = at::empty({decode_scratch(mix.args.shapes, tokens)}, x.options().dtype(at::kFloat));
     C10_CUDA_CHECK(launch_decode(xc.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w.params,
