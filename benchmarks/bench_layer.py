@@ -1,6 +1,6 @@
 """One adapted NF4 layer, forward and training step, beside its peers in one run.
 
-    python benchmarks/bench_layer.py [--quick] [--threads 2] [--device cpu] [--out FILE.csv]
+    python benchmarks/bench_layer.py [--quick] [--threads 2] [--device cpu] [--sizes NxK ...] [--out FILE.csv]
 
 Forward: no gradients, eval mode. Step: forward, gradient of x and of the adapter; no optimizer. The peers:
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from moka import nf4, reference
 from moka.layers import NF4Linear
 
-SIZES = ((576, 576), (1536, 576), (4096, 4096))
+SIZES = ("576x576", "1536x576", "4096x4096")
 FORWARD_TOKENS = (1, 4, 16, 64, 256, 512, 2048)
 STEP_TOKENS = (256, 512, 2048)
 CHECKED = 16  # tokens whose result is compared with float64
@@ -162,15 +162,16 @@ def _moved(peers: dict[str, Peer], case: Case, dtype: torch.dtype, passes: int) 
 
 
 def main() -> None:
-    args = parser(__doc__, "layer.csv").parse_args()
+    options = parser(__doc__, "layer.csv")
+    options.add_argument("--sizes", nargs="+", help="N x K of the layers, default: " + " ".join(SIZES))
+    args = options.parse_args()
     device, dtype = prepare(args), getattr(torch, args.dtype)
-    sizes, forward_tokens, step_tokens = SIZES, FORWARD_TOKENS, STEP_TOKENS
-    if args.quick:
-        sizes, forward_tokens, step_tokens = ((96, 64),), (1, 16), (32,)
+    forward_tokens, step_tokens = ((1, 16), (32,)) if args.quick else (FORWARD_TOKENS, STEP_TOKENS)
+    sizes = args.sizes or (("96x64",) if args.quick else SIZES)
     repeat_s = 0.01 if args.quick else 0.25
     rows: list[Row] = []
     with device_guard(device):
-        for N, K in sizes:
+        for N, K in (map(int, size.split("x")) for size in sizes):
             w = 0.02 * torch.randn(N, K, device=device)
             peers = forward_peers(w, dtype)
             for M in forward_tokens:
