@@ -162,10 +162,11 @@ def test_force_merges_into_four_bits_and_records_the_loss():
 
 
 def test_four_bits_take_an_update_that_survives():
-    model = make("nf4", relative_size=3.0)  # larger than the weight: rounding takes about 0.1 |W + delta|
+    # larger than the weight: rounding takes about 0.1 |W + delta|
+    model = make("nf4", torch.bfloat16, relative_size=3.0)
     moka.merge(model)
     assert isinstance(model[0].base_layer, NF4Linear)
-    assert model[0].base_layer.weight_dtype == torch.float32
+    assert model[0].base_layer.weight_dtype == torch.bfloat16
     assert 0 < max(merge_errors(model).values()) < MAX_ERROR
 
 
