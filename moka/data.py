@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -96,9 +96,9 @@ def read_jsonl(path: str | Path) -> list[Row]:
     return rows
 
 
-def _open_text(path: Path) -> Iterable[str]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8")  # pyright: ignore
+def _open_text(path: Path) -> TextIO:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8")
 
 
 def _parse(line: str, place: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def load_model(
             options["device_map"] = {"": str(device)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **files)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **files, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **files, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model: {name!r} could not be loaded ({str(error).strip().splitlines()[0]}); "
@@ -77,5 +77,5 @@ def load_model(
         model = quantize_nf4(model, double_quant=double_quant)
     if quantize != "bitsandbytes":
         model = model.to(device)
-    model.config.name_or_path = name  # what an adapter records as its base
+    model.name_or_path = model.config.name_or_path = name  # what an adapter records as its base
     return model.eval(), tokenizer

@@ -117,14 +117,18 @@ def test_train_writes_its_results(adapter):
         (["train", "data=nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["train", "lerning_rate=1"], "the nearest valid key is 'learning_rate'"),
         (["train", "adapter.target_modules=[nothing]"], "nothing"),
-        (["train", "model=no/such"], "no/such"),
-        (["plan", "no/such"], "no/such"),
+        (["train", "model=no such model"], "no such model"),
+        (["plan", "no such model"], "no such model"),
         (["bench", "--shape", "12"], "shape: got '12', expected"),
         (["eval", "--adapter", "no/such"], "adapter_config.json: cannot be read"),
+        (["eval", "--model", "MODEL", "--adapter", "no/such"], "no/such"),
     ],
 )
 def test_errors_are_one_message(folder, tmp_path, arguments, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if arguments[0] == "eval":
+        arguments = ["eval", f"{folder}/choices.jsonl", *arguments[1:]]
+    arguments = [a.replace("MODEL", f"{folder}/model") for a in arguments]
     if arguments[0] == "train":
         arguments = [*train_arguments(folder, tmp_path), *arguments[1:]]
     result = moka_command(*arguments)
@@ -136,6 +140,18 @@ def test_errors_are_one_message(folder, tmp_path, arguments, message, monkeypatc
 def test_debug_shows_the_traceback():
     result = moka_command("--debug", "train", "epochs=0")
     assert isinstance(result.exception, ConfigError)
+
+
+def test_train_on_bitsandbytes_equals_moka_nf4(folder, adapter, tmp_path):
+    """The base has the same bits, so the losses agree up to rounding, and so does the evaluation."""
+    pytest.importorskip("bitsandbytes")
+    arguments = [*train_arguments(folder, tmp_path / "bnb"), f"eval_data={folder}/choices.jsonl"]
+    result = moka_command(*arguments, "quantize=bitsandbytes")
+    assert result.exit_code == 0, result.output
+    ours, theirs = (json.loads((p / "metrics.json").read_text()) for p in (adapter, tmp_path / "bnb"))
+    losses = [[step["loss"] for step in metrics["history"]] for metrics in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert ours["eval"]["accuracy"] == theirs["eval"]["accuracy"]
 
 
 def test_eval_scores_each_file(folder, adapter, tmp_path):

@@ -43,12 +43,15 @@ def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
-    """Two layers, hidden size 32; weights large enough that options score differently."""
+    """Two layers; weights large enough that options score differently.
+
+    All inputs are multiples of the block size 64: bitsandbytes on a CPU is wrong for other sizes.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=304,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

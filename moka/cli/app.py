@@ -23,7 +23,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (MokaError, ImportError) as error:
+        except (MokaError, ImportError, FileNotFoundError) as error:
             if ctx.params.get("debug"):
                 raise
             err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -58,7 +58,8 @@ def build_layers(N: int, K: int, r: int, dtype: torch.dtype, device: torch.devic
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         peer: Any = Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4")
-        peer.weight = Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4")
+        weight: Any = linear.weight.detach().clone()
+        peer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")  # pyright: ignore
         layers["bitsandbytes NF4"] = peer.to(device)
     return layers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +57,8 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def quiet_transformers() -> None:
-    """Turns off the progress bars of transformers; moka has its own."""
+    """Turns off the progress bars of transformers, before it is imported; moka has its own."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         from transformers.utils import logging
     except ImportError as error:

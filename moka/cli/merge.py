@@ -29,10 +29,9 @@ def merge(
 
     into = parse_dtype(dtype) or torch.bfloat16
     loaded, tokenizer = load(model, adapter, quantize, "auto")
-    loaded = eject(merge_update(loaded, into=into))
-    dequantize(loaded, into)
-    loaded = loaded.to(into)
-    loaded.save_pretrained(output)
+    merged: Any = eject(merge_update(loaded, into=into))
+    dequantize(merged, into)
+    merged.to(into).save_pretrained(output)
     tokenizer.save_pretrained(output)
     out.print(f"merged {adapter} into {output} ({dtype})", highlight=False)
 
@@ -50,7 +49,7 @@ def dequantize(model: Any, dtype: torch.dtype) -> None:
             weight = child.nf4_weight() if isinstance(child, NF4Linear) else from_bitsandbytes(child)
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
-            linear.bias = child.bias
+            linear.register_parameter("bias", child.bias)
             setattr(parent, name, linear)
     # transformers would otherwise save it as a quantized model
     model.hf_quantizer, model.is_quantized = None, False

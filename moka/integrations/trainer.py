@@ -51,6 +51,9 @@ class MokaTrainer(Trainer):
         >>> trainer.train(resume_from_checkpoint=True)                                      # doctest: +SKIP
     """
 
+    model: Any
+    args: Any
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.interrupted = False
