@@ -111,10 +111,10 @@ def test_tables_come_from_the_csv(layer_csv):
     assert text.startswith(
         "before\n<!-- table: layer-step -->\n| layer (N x K) | tokens | torch, ms | moka |\n"
     )
-    assert "| 8 x 4 | 256 | 1.5 | 1.2 |\n" in text and "old" not in text
+    assert "| 8 x 4 | 256 | 1.5 | 1.20 |\n" in text and "old" not in text
     assert text.endswith("<!-- end -->\nafter\n")
     assert tables.generate(text) == (text, [])
-    assert tables.generate(text.replace("| 1.2 |", "| 1.1 |"))[1] == ["layer-step"]
+    assert tables.generate(text.replace("| 1.20 |", "| 1.10 |"))[1] == ["layer-step"]
 
 
 def test_unknown_table_is_an_error():
