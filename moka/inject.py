@@ -175,15 +175,18 @@ def eject(model: nn.Module) -> nn.Module:
     """Takes all adapters out: the original module objects return, and what was trainable before is so again.
 
     A merged update stays in the weights: `moka.eject(moka.merge(model))` is a plain model with the update in
-    it.
+    it, and with the trained copies of `modules_to_save`.
 
     Raises:
         StateError: the model holds no adapter.
     """
     if not getattr(model, "moka_config", {}):
         raise StateError("the model holds no adapter; nothing to eject")
-    bases: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapter_layers(model).values()}
-    bases |= {copy: copy.original_module for copy in saved_modules(model).values()}
+    layers = adapter_layers(model).values()
+    merged = any(layer.merged_adapters for layer in layers)
+    bases: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers}
+    for copy in saved_modules(model).values():
+        bases[copy] = copy.current().requires_grad_(False) if merged else copy.original_module
     _replace(model, bases)
     _restore_base(model)
     return model
@@ -216,11 +219,13 @@ def _prepare_base(model: Any) -> None:
             state.repacking.append(module)
             module.support_avx512bf16_for_cpu = False
     if hasattr(model, "_hf_peft_config_loaded"):
-        # transformers trains a quantized model only if it is told of an adapter, and then also lets the
-        # embeddings require gradients under gradient checkpointing, without which the checkpointed layers
-        # would get none
+        # transformers trains a quantized model only if it is told of an adapter. It then also makes the
+        # embeddings' output require gradients when gradient checkpointing is switched on, without which
+        # layers that are checkpointed with use_reentrant=True would get none; if that was earlier, it is up
+        # to us.
         model._hf_peft_config_loaded = True
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if checkpointing and not hasattr(model, "_require_grads_hook"):
             state.input_grads = True
             model.enable_input_require_grads()
 

@@ -159,6 +159,22 @@ def test_failure_at_any_layer_is_rolled_back(monkeypatch, k, error, first):
     moka.inject(model, MokaConfig(r=5, modules_to_save=["lm_head"]), "two")
 
 
+def test_failure_after_the_layers_are_in_place_is_rolled_back(monkeypatch):
+    model = Net()
+    before = snapshot(model)
+    planted = iter([True])
+
+    def failing(self, names):
+        if next(planted, False):
+            assert "layers.0.q_proj" in moka.adapter_layers(model)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(MokaLinear, "set_adapter", failing)
+    with pytest.raises(KeyboardInterrupt):
+        moka.inject(model, CONFIG)
+    assert snapshot(model) == before
+
+
 @pytest.mark.parametrize("name", ["../x", "/abs", "", "a.b", "x" * 65, "a\0", "ab\u202ec", "-x"])
 def test_adapter_names(name):
     with pytest.raises(ConfigError, match="adapter_name"):
