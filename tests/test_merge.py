@@ -249,6 +249,16 @@ def test_eject_after_merge_leaves_a_plain_model():
     assert "0.weight" in plain.state_dict()
 
 
+def test_eject_after_merge_keeps_modules_trained_in_full():
+    for merged in (True, False):
+        model = make(modules_to_save=["1"])
+        model[1].current().weight.data.add_(1.0)
+        original, trained = model[1].original_module, model[1].current()
+        plain = moka.eject(moka.merge(model) if merged else model)
+        assert plain[1] is (trained if merged else original)
+        assert all(parameter.requires_grad for parameter in plain[1].parameters())
+
+
 def test_gate_dropout_and_training_do_not_enter_the_merged_weight():
     model = make(gate_dropout=0.5).train()
     update = moka.delta_weight(model[0])
