@@ -184,6 +184,13 @@ def test_every_layer_of_bitsandbytes_is_kept_from_repacking():
     assert all(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
+def test_transformers_is_told_of_the_adapter():
+    """Its Trainer refuses a quantized model that it takes for one without adapters."""
+    model = moka.inject(moka.quantize(llama()), MokaConfig(r=5))
+    assert model._hf_peft_config_loaded
+    assert not moka.eject(model)._hf_peft_config_loaded
+
+
 def test_a_repacked_or_unquantized_layer_is_refused():
     model, _ = both()
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
