@@ -308,8 +308,8 @@ def linear_with(**changes):
     w, (A, B, alpha, shapes) = layer.weight, layer.mixture
     args = {
         "x": layer.x(2), "packed": w.packed, "absmax": w.absmax, "absmax2": None, "code2": None,
-        "offset": None, "blocksize": 32, "blocksize2": 256, "N": 48, "K": 96, "bias": None, "A": A, "B": B, "alpha": alpha,
-        "shapes": shapes, "transpose": False, "path": "auto",
+        "offset": None, "blocksize": 32, "blocksize2": 256, "N": 48, "K": 96, "bias": None,
+        "A": A, "B": B, "alpha": alpha, "shapes": shapes, "transpose": False, "path": "auto",
     }  # fmt: skip
     return ops.nf4_linear(*(args | changes).values())
 
