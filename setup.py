@@ -15,7 +15,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "_backend"))
 
-from cuda_build import check_cuda_major, choose_archs, find_cuda_home, gencode_flags, nvcc_release  # noqa: E402
+import cuda_build  # noqa: E402
 from moka_build import require_torch  # noqa: E402
 
 CXX_FLAGS = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
@@ -47,7 +47,7 @@ def cuda_archs(torch, sources: list[str]) -> list[str]:
     """The architectures to compile CUDA sources for; empty for a build without CUDA."""
     if not sources or torch.version.cuda is None or os.environ.get("MOKA_CUDA") == "0":
         return []
-    cuda_home = find_cuda_home()
+    cuda_home = cuda_build.find_cuda_home()
     if cuda_home is None:
         print("moka: building without CUDA, because there is no CUDA toolkit (set CUDA_HOME to use one)")
         return []
@@ -55,8 +55,8 @@ def cuda_archs(torch, sources: list[str]) -> list[str]:
     shown = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True)
     visible = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     try:
-        check_cuda_major(nvcc_release(shown.stdout), torch.version.cuda)
-        return choose_archs(os.environ.get("MOKA_CUDA_ARCHS"), visible)
+        cuda_build.check_cuda_major(cuda_build.nvcc_release(shown.stdout), torch.version.cuda)
+        return cuda_build.choose_archs(os.environ.get("MOKA_CUDA_ARCHS"), visible)
     except (RuntimeError, ValueError) as error:
         raise SystemExit(f"moka: {error}") from error
 
@@ -78,7 +78,8 @@ def extension() -> dict:
     flags = [*CXX_FLAGS, "-DMOKA_TORCH_" + re.sub(r"\W", "_", torch.__version__)]
     if os.environ.get("MOKA_WERROR") == "1":
         flags.append("-Werror")
-    nvcc_flags = ["-O3", "-lineinfo", "-Xcompiler=-fopenmp", *gencode_flags(archs)]
+    nvcc_flags = ["-O3", "-lineinfo", "-Xcompiler=-fopenmp", *cuda_build.gencode_flags(archs)]
+    nvcc_flags += cuda_build.fallback_headers(Path(torch.__file__).parent)
 
     class KeepObjects(BuildExtension):
         """Compiles into build/ in every case: an editable install would throw the objects away."""

@@ -20,6 +20,12 @@ def find_cuda_home() -> str | None:
     return None
 
 
+def fallback_headers(torch_package: Path) -> list[str]:
+    """Flags with which nvcc finds, in torch's CUDA packages, headers that a small toolkit lacks."""
+    folders = sorted(torch_package.parent.glob("nvidia/*/include"))
+    return [f"-Xcompiler=-idirafter,{folder}" for folder in folders]
+
+
 def nvcc_release(version_text: str) -> str:
     """`13.0` from the output of `nvcc --version`."""
     match = re.search(r"release (\d+\.\d+)", version_text)
