@@ -8,7 +8,7 @@ import sysconfig
 
 def missing():
     """What this machine lacks, each with its fix."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (run by whatever Python there is)
         found = ".".join(map(str, sys.version_info[:3]))
         yield f"Python 3.10 or newer is needed, got {found} ({sys.executable}): make PYTHON=python3.11 ..."
         return

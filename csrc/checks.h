@@ -22,8 +22,10 @@ struct Mixture {
 };
 
 inline Mixture parse_shapes(at::IntArrayRef shapes) {
-  TORCH_CHECK_VALUE(!shapes.empty() && shapes.size() % kShapeFields == 0, "shapes: expected 5 integers per component "
-                    "(ma, na, mb, nb, identity), got ", shapes.size(), " integers");
+  TORCH_CHECK_VALUE(!shapes.empty() && shapes.size() % kShapeFields == 0,
+                    "shapes: expected 5 integers per component "
+                    "(ma, na, mb, nb, identity), got ",
+                    shapes.size(), " integers");
   Mixture mix;
   for (size_t i = 0; i < shapes.size(); i += kShapeFields) {
     const int64_t ma = shapes[i], na = shapes[i + 1], mb = shapes[i + 2], nb = shapes[i + 3], id = shapes[i + 4];
@@ -37,8 +39,8 @@ inline Mixture parse_shapes(at::IntArrayRef shapes) {
       mix.N = ma * mb;
       mix.K = na * nb;
     }
-    TORCH_CHECK_VALUE(ma * mb == mix.N && na * nb == mix.K, "shapes[", index, "]: expected a product of ", mix.N,
-                      " x ", mix.K, " like component 0, got ", ma * mb, " x ", na * nb);
+    TORCH_CHECK_VALUE(ma * mb == mix.N && na * nb == mix.K, "shapes[", index, "]: expected a product of ", mix.N, " x ",
+                      mix.K, " like component 0, got ", ma * mb, " x ", na * nb);
     mix.components.push_back({ma, na, mb, nb, static_cast<Identity>(id), mix.a_numel, mix.b_numel});
     if (id != 1) mix.a_numel += ma * na;
     if (id != 2) mix.b_numel += mb * nb;
@@ -60,8 +62,8 @@ inline void check_numel(const char* name, const at::Tensor& t, int64_t expected)
 }
 
 inline void check_device(const char* name, const at::Tensor& t, const char* other_name, const at::Tensor& other) {
-  TORCH_CHECK(t.device() == other.device(), name, " is on ", t.device(), " but ", other_name, " is on ",
-              other.device(), "; move one of them");
+  TORCH_CHECK(t.device() == other.device(), name, " is on ", t.device(), " but ", other_name, " is on ", other.device(),
+              "; move one of them");
 }
 
 inline void check_last_dim(const char* name, const at::Tensor& t, int64_t expected) {
@@ -146,7 +148,10 @@ struct Nf4Args {
               nested ? absmax2.const_data_ptr<float>() : nullptr,
               nested ? code2.const_data_ptr<float>() : nullptr,
               nested ? offset.const_data_ptr<float>() : nullptr,
-              blocksize, blocksize2, N, K};
+              blocksize,
+              blocksize2,
+              N,
+              K};
   }
 };
 

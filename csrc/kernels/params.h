@@ -28,12 +28,12 @@ struct KronParams {
 // An NF4 weight in bitsandbytes' layout: element e of the row-major [N, K] matrix is the high nibble of
 // packed[e/2] when e is even, the low nibble when e is odd, scaled by the absmax of block e / blocksize.
 struct Nf4Params {
-  const uint8_t* packed;      // [ceil(N*K / 2)]
-  const float* absmax;        // [ceil(N*K / blocksize)]; null when the absmax is itself quantized
-  const uint8_t* absmax_q;    // [ceil(N*K / blocksize)]; null when absmax is given. Then
-  const float* absmax2;       //   absmax[i] = code2[absmax_q[i]] * absmax2[i / blocksize2] + offset[0],
-  const float* code2;         //   a multiplication and an addition, each rounded to fp32 (no FMA).
-  const float* offset;        // [1]
+  const uint8_t* packed;    // [ceil(N*K / 2)]
+  const float* absmax;      // [ceil(N*K / blocksize)]; null when the absmax is itself quantized
+  const uint8_t* absmax_q;  // [ceil(N*K / blocksize)]; null when absmax is given. Then
+  const float* absmax2;     //   absmax[i] = code2[absmax_q[i]] * absmax2[i / blocksize2] + offset[0],
+  const float* code2;       //   a multiplication and an addition, each rounded to fp32 (no FMA).
+  const float* offset;      // [1]
   int64_t blocksize, blocksize2;
   int64_t N, K;
 };
