@@ -43,8 +43,10 @@ class BaseState:
 def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") -> nn.Module:
     """Adapts the layers that `config` selects, in place; the base is frozen and the output stays as it was.
 
-    An error leaves the model as it was. A second adapter, under another name, is added beside the first and
-    becomes the active one; `set_adapter` activates several.
+    It stays to the bit for `nn.Linear` and `NF4Linear`. An adapted `Linear4bit` runs on moka's kernels, which
+    add up in another order than those of bitsandbytes, so there it stays to a rounding error (and to the bit
+    in `disabled`). An error leaves the model as it was. A second adapter, under another name, is added beside
+    the first and becomes the active one; `set_adapter` activates several.
 
     Args:
         model: any module with `nn.Linear`, bitsandbytes `Linear4bit` or `moka.layers.NF4Linear` layers.
