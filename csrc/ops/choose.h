@@ -45,11 +45,12 @@ inline double factored_cost(const Mixture& mix) {
 //       M = 32, 13.0 ms fused against 15.5 ms in panels forward, but 12.5 against 11.5 ms for dx;
 //   kPanel   narrower panels make the GEMM read and write its result too often (256 and 512 tie; 128 costs 15%), and
 //       decode more slowly. A layer is cut in two at least, so W is never decoded as a whole;
-//   kFactoredGain   the multiply-adds that the factored path does in the time of one of the merged path.
+//   kFactoredGain   the multiply-adds that the factored path does in the time of one of the merged path: with the ten
+//       balanced components they meet at about M = 130 for 4096x4096 (2.0) and M = 34 for 576x576 (1.4).
 inline Nf4Choice choose_nf4_linear(int64_t M, int64_t N, int64_t K, bool transpose, at::ScalarType compute,
                                    const Mixture* mix, c10::string_view path) {
   constexpr int64_t kFusedTokens = 32, kFusedTokensTransposed = 16, kPanel = 512;
-  constexpr double kFactoredGain = 0.75;
+  constexpr double kFactoredGain = 1.6;
   static_assert(kFusedTokens <= kMaxFusedTokens && kFusedTokensTransposed <= kMaxFusedTokens);
   TORCH_CHECK_VALUE(path == "auto" || path == "merged" || path == "factored",
                     "path: expected 'auto', 'merged' or 'factored', got '", path, "'");

@@ -154,6 +154,7 @@ void test_weight(int64_t N, int64_t K, int64_t blocksize, const char* where) {
   mix.add(N, 1, 1, K);
   if (N % q == 0) mix.add(q, q, N / q, K / q, Identity::kA);
   if (N % q == 0) mix.add(N / q, K / q, q, q, Identity::kB);
+  if (K % 48 == 0) mix.add(N, K / 48, 1, 48);  // a period that divides neither a tile nor a vector's multiple
   const Buffer<float> A = normal(mix.a_size, 0.3f), B = normal(mix.b_size, 0.3f);
   const Buffer<float> alpha = normal(static_cast<int64_t>(mix.components.size()));
   const KronParams params{mix.components.data(), static_cast<int64_t>(mix.components.size()), N, K};
@@ -206,9 +207,9 @@ int main() {
       std::printf("%s: not available on this CPU\n", isa);
       continue;
     }
-    const int64_t sizes[][3] = {{1, 1, 64},   {3, 17, 32},  {17, 31, 64},   {31, 33, 64},  {33, 33, 64},
-                                {63, 65, 32}, {65, 127, 6}, {1, 257, 64},   {8, 1024, 64}, {10, 128, 64},
-                                {12, 48, 16}, {5, 576, 64}, {24, 600, 128}, {16, 544, 32}, {257, 3, 4096}};
+    const int64_t sizes[][3] = {{1, 1, 64},     {3, 17, 32},  {17, 31, 64},  {31, 33, 64},  {33, 33, 64}, {63, 65, 32},
+                                {65, 127, 6},   {1, 257, 64}, {8, 1024, 64}, {10, 128, 64}, {12, 48, 16}, {5, 576, 64},
+                                {24, 600, 128}, {5, 624, 48}, {16, 544, 32}, {257, 3, 4096}};
     for (const auto& [N, K, blocksize] : sizes) {
       char where[80];
       std::snprintf(where, sizeof(where), "%s, %lld x %lld, blocks of %lld", isa, (long long)N, (long long)K,
