@@ -11,6 +11,7 @@
 
 #include "build_info.h"
 #include "kernels/simd.h"
+#include "ops/choose.h"
 
 TORCH_LIBRARY(moka, m) {
   m.def("nf4_quantize(Tensor w, int blocksize) -> (Tensor packed, Tensor absmax)");
@@ -36,4 +37,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &moka::build_info, "What this extension was built with, as a dict of strings.");
   m.def("cpu_isa", [] { return moka::isa_name(moka::active_isa()); }, "Instruction set the CPU kernels use.");
   m.def("set_cpu_isa", &moka::set_isa, "Test hook: scalar, avx2, avx512 or auto; False when this CPU lacks it.");
+  m.def("nf4_linear_choice", &moka::describe_nf4_linear,
+        "How nf4_linear runs an fp32 input of `tokens` rows on the CPU, in words: (tokens, N, K, shapes, transpose, "
+        "path).");
 }

@@ -353,6 +353,16 @@ def test_wrong_dtypes_of_other_operators():
         ops.nf4_dequantize(*Layer(*CASES["tiny"]).weight.op_args(), torch.int32, None, None, None, [])
 
 
+def test_choice_of_kernel_and_path():
+    shapes = flatten_shapes([KronShape(64, 64, 64, 64)] * 10)
+    choose = _C.nf4_linear_choice
+    assert choose(1, 4096, 4096, [], False, "auto") == "fused"
+    assert choose(1, 4096, 4096, shapes, False, "auto") == "fused, mixture factored"
+    assert choose(2048, 4096, 4096, shapes, True, "auto") == "panels of 512, mixture merged"
+    assert choose(2048, 4096, 4096, shapes, True, "factored") == "panels of 512, mixture factored"
+    assert choose(64, 576, 576, [], False, "auto") == "panels of 288"  # never all of W at once
+
+
 def test_unknown_instruction_set():
     assert not _C.set_cpu_isa("sse9")
     assert _C.cpu_isa() in ("scalar", "avx2", "avx512")

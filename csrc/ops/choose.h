@@ -15,13 +15,16 @@ namespace moka {
 
 struct Nf4Choice {
   bool fused;     // straight from the packed weight; otherwise panels of W', each followed by a GEMM
-  bool merged;    // the mixture is added to W while it is decoded; otherwise kron_mix adds it to the result
+  bool mixed;     // there is a mixture
+  bool merged;    // it is added to W while W is decoded; otherwise kron_mix adds it to the result
   int64_t panel;  // width of a panel along the dimension that is summed over
 
   std::string str() const {
     std::ostringstream out;
     out << (fused ? "fused" : "panels of " + std::to_string(panel))
-        << (merged ? ", mixture merged" : ", mixture factored");
+        << (merged  ? ", mixture merged"
+            : mixed ? ", mixture factored"
+                    : "");
     return out.str();
   }
 };
@@ -62,8 +65,15 @@ inline Nf4Choice choose_nf4_linear(int64_t M, int64_t N, int64_t K, bool transpo
   const int64_t summed = transpose ? N : K;
   const int64_t panels = std::max<int64_t>(2, (summed + kPanel - 1) / kPanel);
   const int64_t width = (summed + panels - 1) / panels;  // all panels of about one width
-  return {compute == at::kFloat && M <= (transpose ? kFusedTokensTransposed : kFusedTokens), merged,
+  return {compute == at::kFloat && M <= (transpose ? kFusedTokensTransposed : kFusedTokens), mix != nullptr, merged,
           (width + kColumnStep - 1) / kColumnStep * kColumnStep};
+}
+
+inline std::string describe_nf4_linear(int64_t tokens, int64_t N, int64_t K, const std::vector<int64_t>& shapes,
+                                       bool transpose, const std::string& path) {
+  std::optional<Mixture> mix;
+  if (!shapes.empty()) mix = parse_shapes(shapes);
+  return choose_nf4_linear(tokens, N, K, transpose, at::kFloat, mix ? &*mix : nullptr, path).str();
 }
 
 }  // namespace moka
