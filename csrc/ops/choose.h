@@ -42,8 +42,8 @@ inline double factored_cost(const Mixture& mix) {
   return cost;
 }
 
-// Measured on two AVX-512 cores (Sapphire Rapids, 2 MiB of L2 each) with benchmarks/bench_nf4.py, layers of 576x576 to
-// 4096x4096, in CPU time of one thread:
+// Measured on two AVX-512 cores (Sapphire Rapids, 2 MiB of L2 each), layers of 576x576 to 4096x4096, both alternatives
+// in turn in one process (as benchmarks/bench_ops.py does), the least CPU time of one thread:
 //   kFusedTokens, kFusedTokensTransposed   above them the GEMM library overtakes the fused kernel: at 4096x4096 and
 //       M = 32, 13.0 ms fused against 15.5 ms in panels forward, but 12.5 against 11.5 ms for dx;
 //   kPanel   narrower panels make the GEMM read and write its result too often (256 and 512 tie; 128 costs 15%), and
