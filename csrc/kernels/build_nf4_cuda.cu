@@ -61,7 +61,7 @@ Nf4Base nf4_base(const Nf4Params& w) {
 template <typename T>
 cudaError_t from_nf4(const Nf4Params& w, const MixtureArgs& mix, void* out, cudaStream_t stream) {
   const Nf4Base base = nf4_base(w);
-  const bool vector = w.blocksize >= 8 && int64_t{1} << base.block_shift == w.blocksize && aligned(w.packed, 4) &&
+  const bool vector = w.blocksize >= 32 && int64_t{1} << base.block_shift == w.blocksize && aligned(w.packed, 16) &&
                       (w.absmax || int64_t{1} << base.block2_shift == w.blocksize2);
   if (mix.shapes.r && mix.factor_dtype != Dtype::kF32)
     return build<T, T>(base, vector, w.N, w.K, mix, static_cast<T*>(out), stream);

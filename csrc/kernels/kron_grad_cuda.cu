@@ -59,13 +59,17 @@ __global__ void __launch_bounds__(kContractThreads, 2)
   for (int i = 0; i < kContractR; ++i) {
     const Component& s = comps.c[i];
     a_at[i] = s.a_offset + p / s.mb * s.na + q / s.nb;
+    const int ib = p % s.mb, jb = q % s.nb;
+    if (kIdentity && s.identity == Identity::kB) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) b[i][c] = float(ib == jb + c);
+    } else {
+      load8(f.B + s.b_offset + ib * s.nb + jb, b[i]);
+    }
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      const int ib = p % s.mb, jb = q % s.nb + c;
       acc[i][c] = 0.f;
-      b[i][c] = i >= comps.r                                ? 0.f
-                : kIdentity && s.identity == Identity::kB ? float(ib == jb)
-                                                            : to_float(f.B[s.b_offset + ib * s.nb + jb]);
+      if (i >= comps.r) b[i][c] = 0.f;
     }
   }
 
@@ -119,29 +123,39 @@ __global__ void __launch_bounds__(kContractThreads, 2)
       store8(part + ((static_cast<int64_t>(split) * comps.r + i) * period_n + p) * period_k + q, acc[i]);
 }
 
+constexpr int kSumLanes = 8;  // lanes per output of contract_sum_kernel
+
 // Adds what contract_kernel left: blockIdx.y is the component, blockIdx.z 0 for A and 1 for B.
 __global__ void contract_sum_kernel(const __grid_constant__ Components comps, int N, int K, int period_n,
                                     int period_k, int tile_rows, int splits, const float* part, const float* tiles,
                                     float* raw_A, float* raw_B) {
-  const int i = blockIdx.y, e = blockIdx.x * blockDim.x + threadIdx.x;
+  const int i = blockIdx.y, lane = threadIdx.x % kSumLanes;
+  const int e = (blockIdx.x * blockDim.x + threadIdx.x) / kSumLanes;
   const Component& s = comps.c[i];
+  const bool side_a = blockIdx.z == 0;
+  if (s.identity == (side_a ? Identity::kA : Identity::kB)) return;
+  const int count = side_a ? s.ma * s.na : s.mb * s.nb;
   float sum = 0.f;
-  if (blockIdx.z == 0) {
-    if (s.identity == Identity::kA || e >= s.ma * s.na) return;
-    const int rows = s.mb / tile_rows, columns = s.nb / kTileColumns, width = K / kTileColumns;
-    const float* t = tiles + (static_cast<int64_t>(i) * (N / tile_rows) + e / s.na * rows) * width +
-                     static_cast<int64_t>(e % s.na) * columns;
-    for (int u = 0; u < rows; ++u)
-      for (int v = 0; v < columns; ++v) sum += t[static_cast<int64_t>(u) * width + v];
-    raw_A[s.a_offset + e] = sum;
-  } else {
-    if (s.identity == Identity::kB || e >= s.mb * s.nb) return;
-    for (int z = 0; z < splits; ++z)
-      for (int u = e / s.nb; u < period_n; u += s.mb)
-        for (int v = e % s.nb; v < period_k; v += s.nb)
-          sum += part[((static_cast<int64_t>(z) * comps.r + i) * period_n + u) * period_k + v];
-    raw_B[s.b_offset + e] = sum;
+  if (e < count) {
+    const int width = side_a ? K / kTileColumns : period_k;
+    const unsigned rows = side_a ? s.mb / tile_rows : period_n / s.mb, columns = side_a ? s.nb / kTileColumns : period_k / s.nb;
+    // term (split, u, v): neighbouring tiles for A, periodic images for B
+    const int row0 = side_a ? e / s.na * rows : e / s.nb, column0 = side_a ? e % s.na * columns : e % s.nb;
+    const int row_step = side_a ? 1 : s.mb, column_step = side_a ? 1 : s.nb;
+    const int64_t slab = side_a ? 0 : static_cast<int64_t>(comps.r) * period_n * period_k;
+    const float* from = side_a ? tiles + static_cast<int64_t>(i) * (N / tile_rows) * width
+                               : part + static_cast<int64_t>(i) * period_n * period_k;
+    const unsigned terms = rows * columns * (side_a ? 1 : splits);
+#pragma unroll 8
+    for (unsigned t = lane; t < terms; t += kSumLanes) {
+      const unsigned v = t % columns, u = t / columns % rows, z = t / columns / rows;
+      sum += __ldg(from + z * slab + static_cast<int64_t>(row0 + static_cast<int>(u) * row_step) * width + column0 +
+                   static_cast<int>(v) * column_step);
+    }
   }
+#pragma unroll
+  for (int offset = 1; offset < kSumLanes; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  if (lane == 0 && e < count) (side_a ? raw_A + s.a_offset : raw_B + s.b_offset)[e] = sum;
 }
 
 // Any shape: one warp per entry of dA or dB.
@@ -259,7 +273,7 @@ cudaError_t contract(const float* G, const MixtureArgs& mix, float* scratch, flo
   const Components comps = by_value(p, plan.period_n, plan.period_k, kContractR);
   const int N = static_cast<int>(p.N), K = static_cast<int>(p.K);
   const unsigned r = static_cast<unsigned>(p.r);
-  if (plan.ok && aligned(G, 16)) {
+  if (plan.ok && aligned(G, 16) && aligned(mix.B, 16)) {
     float *part = scratch, *tiles = scratch + plan.part_floats;
     const int64_t warps =
         int64_t{plan.period_n} / 16 * (plan.period_k / kTileColumns) * plan.splits;
@@ -267,7 +281,7 @@ cudaError_t contract(const float* G, const MixtureArgs& mix, float* scratch, flo
     kernel<<<static_cast<unsigned>(ceil_div(warps, kContractThreads / kLanes)), kContractThreads, 0,
                           stream>>>(G, factors<TF>(mix), comps, N, K, plan.period_n,
                                     plan.period_k, plan.tile_rows, plan.splits, part, tiles);
-    const dim3 grid(static_cast<unsigned>(ceil_div(largest_factor(p), 128)), r, 2);
+    const dim3 grid(static_cast<unsigned>(ceil_div(int64_t{largest_factor(p)} * kSumLanes, 128)), r, 2);
     contract_sum_kernel<<<grid, 128, 0, stream>>>(comps, N, K, plan.period_n, plan.period_k, plan.tile_rows,
                                                   plan.splits, part, tiles, raw_A, raw_B);
     return cudaGetLastError();

@@ -2,11 +2,11 @@
 // matrix products whose intermediate (dY_t B_i, or A_i X_t) lives in shared memory only.
 //
 // Written for N = K = 4096 and factors A [s, L], B [L, s] with s L = 4096 (or their transposes, by symmetry). A
-// token of T1 = dY is a matrix [s, L], of T2 = X a matrix [L, s]. Two components of one shape are stacked, so that
-// with F1 = [B_1 | B_2] and F2 = [A_1^T | A_2^T], both [L, 2s]:
-//   warpgroup 0:  P [(t,s), 2s] = T1 F1            then  dF2 [L, 2s] += T2 [L, (t,s)] P' [(t,s), 2s]
-//   warpgroup 1:  V [(t,s), 2s] = T2^T F2          then  dF1 [L, 2s] += T1^T [L, (t,s)] V' [(t,s), 2s]
-// where P' holds the same numbers as P with the two meanings of s exchanged: row (t, f), column (copy, r).
+// token of T1 = dY is a matrix [s, L], of T2 = X a matrix [L, s]. A thread block works on two components of one
+// shape, with F1 = B_c and F2 = A_c^T, both [L, s], by two warpgroups for each:
+//   side 0:  P [(t,s), s] = T1 F1            then  dF2 [L, s] += T2 [L, (t,s)] P' [(t,s), s]
+//   side 1:  V [(t,s), s] = T2^T F2          then  dF1 [L, s] += T1^T [L, (t,s)] V' [(t,s), s]
+// where P' holds the same numbers as P with the two meanings of s exchanged: row (t, f), column r.
 // Two more warps stream tiles of 64/s tokens through a ring of shared-memory stages: one by bulk tensor copies, one,
 // for the rows of T2 when they are shorter than 128 bytes (bulk copies of such rows are slow), by 16-byte copies.
 #include <cuda.h>
@@ -21,7 +21,8 @@ namespace {
 constexpr int kTokenBytes = kGradWidth * 2;
 constexpr int kRingBytes = 16 * kTokenBytes;  // 128 KB: 16 / (2 * 64/s) stages of T1 and T2
 constexpr int kFactorBytes = 2 * kTokenBytes;
-constexpr int kThreads = 2 * 128 + 2 * 32;
+constexpr int kConsumers = 4 * 128;  // warpgroup = 2 side + component
+constexpr int kThreads = kConsumers + 2 * 32;
 
 struct GradLaunch {
   CUtensorMap t1[kMaxGradGroups];  // [M s, L] in boxes of 64 x 64
@@ -41,22 +42,18 @@ __device__ __forceinline__ int swizzled(int rows, int row, int column) {
   return ((chunk * rows + row) * 8 + (unit ^ (row & 7))) * 8 + column % 8;
 }
 
-// F [L, 2s] of one side as a [2s, L] operand, by one warpgroup; natural: the factor is stored [s, L], else [L, s].
+// F [L, s] of one component and side as an [s, L] operand, by one warpgroup; natural: it is stored [s, L].
 template <int S, typename T, typename TF>
-__device__ void load_factor(T* dst, const TF* flat, const int* offset, bool has_second, bool natural) {
+__device__ void load_factor(T* dst, const TF* factor, bool present, bool natural) {
   constexpr int L = kGradWidth / S, kBatch = 16;
-  for (int e0 = threadIdx.x % 128; e0 < 2 * kGradWidth; e0 += 128 * kBatch) {
+  for (int i0 = threadIdx.x % 128; i0 < kGradWidth; i0 += 128 * kBatch) {
     float v[kBatch];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int e = e0 + j * 128, copy = e / kGradWidth;
-      v[j] = copy && !has_second ? 0.f : to_float(__ldg(flat + offset[copy] + e % kGradWidth));
-    }
+    for (int j = 0; j < kBatch; ++j) v[j] = present ? to_float(__ldg(factor + i0 + j * 128)) : 0.f;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int e = e0 + j * 128, copy = e / kGradWidth, i = e % kGradWidth;
-      const int r = natural ? i / L : i % S, l = natural ? i % L : i / S;
-      dst[swizzled(2 * S, copy * S + r, l)] = from_acc<T>(v[j]);
+      const int i = i0 + j * 128, r = natural ? i / L : i % S, l = natural ? i % L : i / S;
+      dst[swizzled(S, r, l)] = from_acc<T>(v[j]);
     }
   }
 }
@@ -111,33 +108,33 @@ __device__ void produce_rows(const uint8_t* t2, int64_t M, uint8_t* ring, uint64
   }
 }
 
-// One warpgroup: kSide 0 computes dF2 from P, 1 computes dF1 from V. Leaves [L, 2s] sums at `out`.
+// One warpgroup: kSide 0 computes dF2 from P, 1 computes dF1 from V. Leaves [L, s] sums, rows 2s apart, at `out`.
 template <int S, typename T, int kSide>
 __device__ void consume(const uint8_t* ring, const T* factor, T* middle, uint64_t* full, uint64_t* empty, int first,
-                        int stride, int tiles, float* out) {
+                        int stride, int tiles, int barrier, float* out) {
   using C = Tile<S>;
-  constexpr int L = C::L, kN = 2 * S, kMTiles = L / 64;
+  constexpr int L = C::L, kMTiles = L / 64, kRegisters = S / 2;
   constexpr int kSwizzle2 = S == 64 ? 1 : S == 32 ? 2 : 3;  // of T2, whose rows are 2 S bytes
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const uint32_t factor_at = shared_address(factor), middle_at = shared_address(middle);
   const uint32_t ring_at = shared_address(ring);
-  float acc[kMTiles][S], d[S];
+  float acc[kMTiles][kRegisters], d[kRegisters];
 #pragma unroll
-  for (int i = 0; i < S; ++i) d[i] = 0.f;
+  for (int i = 0; i < kRegisters; ++i) d[i] = 0.f;
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
-    for (int i = 0; i < S; ++i) acc[m][i] = 0.f;
+    for (int i = 0; i < kRegisters; ++i) acc[m][i] = 0.f;
 
   auto first_product = [&](int stage) {
     const uint32_t t1 = ring_at + stage * 2 * C::kBytes, t2 = t1 + C::kBytes;
 #pragma unroll
     for (int k = 0; k < L; k += 16) {
-      const uint64_t b = matrix_descriptor(factor_at + k / 64 * kN * 128 + k % 64 * 2, 16, 1024, 1);
+      const uint64_t b = matrix_descriptor(factor_at + k / 64 * S * 128 + k % 64 * 2, 16, 1024, 1);
       if constexpr (kSide == 0) {
-        wgmma<kN, T, 0>(d, matrix_descriptor(t1 + k / 64 * kTokenBytes + k % 64 * 2, 16, 1024, 1), b, k > 0);
+        wgmma<S, T, 0>(d, matrix_descriptor(t1 + k / 64 * kTokenBytes + k % 64 * 2, 16, 1024, 1), b, k > 0);
       } else {
-        wgmma<kN, T, 1>(d, matrix_descriptor(t2 + k * S * 2, kTokenBytes, 16 * S, kSwizzle2), b, k > 0);
+        wgmma<S, T, 1>(d, matrix_descriptor(t2 + k * S * 2, kTokenBytes, 16 * S, kSwizzle2), b, k > 0);
       }
     }
   };
@@ -150,16 +147,16 @@ __device__ void consume(const uint8_t* ring, const T* factor, T* middle, uint64_
       for (int m = 0; m < kMTiles; ++m) {
         if constexpr (kSide == 0) {
           const uint32_t a = t2 + k / S * kTokenBytes + m * 64 * S * 2 + k % S * 2;
-          wgmma<kN, T, 0>(acc[m], matrix_descriptor(a, 16, 16 * S, kSwizzle2), b, 1);
+          wgmma<S, T, 0>(acc[m], matrix_descriptor(a, 16, 16 * S, kSwizzle2), b, 1);
         } else {
-          wgmma<kN, T, 1>(acc[m], matrix_descriptor(t1 + m * kTokenBytes + k * 128, 16, 1024, 1), b, 1);
+          wgmma<S, T, 1>(acc[m], matrix_descriptor(t1 + m * kTokenBytes + k * 128, 16, 1024, 1), b, 1);
         }
       }
     }
   };
 
   proxy_fence();  // the factor's stores
-  named_barrier(1 + kSide, 128);
+  named_barrier(barrier, 128);
   int stage = 0, phase = 0;
   if (first < tiles) {
     barrier_wait(&full[0], 0);
@@ -170,45 +167,63 @@ __device__ void consume(const uint8_t* ring, const T* factor, T* middle, uint64_
     wgmma_wait();
   }
   for (int tile = first; tile < tiles; tile += stride) {
-    named_barrier(1 + kSide, 128);  // every warp has finished reading `middle`
-    // row (t, r), column (copy, f) of d goes to row (copy, r), column (t, f) of `middle`
+    named_barrier(barrier, 128);  // every warp has finished reading `middle`
+    // row (t, r), column f of d goes to row r, column (t, f) of `middle`
 #pragma unroll
-    for (int j = 0; j < S / 4; ++j)
+    for (int j = 0; j < S / 8; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = warp * 16 + lane / 4 + half * 8, column = j * 8 + lane % 4 * 2;
-        const int at = swizzled(kN, column / S * S + row % S, row / S * S + column % S);
+        const int at = swizzled(S, row % S, row / S * S + column);
         T pair[2] = {from_acc<T>(d[4 * j + 2 * half]), from_acc<T>(d[4 * j + 2 * half + 1])};
         *reinterpret_cast<uint32_t*>(middle + at) = *reinterpret_cast<uint32_t*>(pair);
       }
     proxy_fence();
-    named_barrier(1 + kSide, 128);
+    named_barrier(barrier, 128);
 
-    // This tile's second product and the next tile's first run together; after the last tile the latter
-    // repeats on the current tile, unused, so that no branch splits the pipeline.
     const int current = stage;
-    if (tile + stride < tiles) {
-      if (++stage == C::kStages) stage = 0, phase ^= 1;
-      barrier_wait(&full[stage], phase);
-      if (C::kSmallRows) proxy_fence();
+    const bool more = tile + stride < tiles;
+    if (more && ++stage == C::kStages) stage = 0, phase ^= 1;
+    if constexpr (C::kStages > 2) {
+      // This tile's second product and the next tile's first run together; after the last tile the latter repeats
+      // on the current tile, unused, so that no branch splits the pipeline.
+      if (more) {
+        barrier_wait(&full[stage], phase);
+        if (C::kSmallRows) proxy_fence();
+      }
+      wgmma_fence();
+      second_product(current);
+      wgmma_commit();
+      first_product(stage);
+      wgmma_commit();
+      wgmma_wait();
+      if (lane == 0) barrier_arrive(&empty[current]);
+    } else {
+      // With two stages this tile's must be given back before the next tile is waited for.
+      wgmma_fence();
+      second_product(current);
+      wgmma_commit();
+      wgmma_wait();
+      if (lane == 0) barrier_arrive(&empty[current]);
+      if (more) {
+        barrier_wait(&full[stage], phase);
+        if (C::kSmallRows) proxy_fence();
+        wgmma_fence();
+        first_product(stage);
+        wgmma_commit();
+        wgmma_wait();
+      }
     }
-    wgmma_fence();
-    second_product(current);
-    wgmma_commit();
-    first_product(stage);
-    wgmma_commit();
-    wgmma_wait();
-    if (lane == 0) barrier_arrive(&empty[current]);
   }
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
-    for (int j = 0; j < S / 4; ++j)
+    for (int j = 0; j < S / 8; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = m * 64 + warp * 16 + lane / 4 + half * 8;
         const float2 v = {acc[m][4 * j + 2 * half], acc[m][4 * j + 2 * half + 1]};
-        *reinterpret_cast<float2*>(out + row * kN + j * 8 + lane % 4 * 2) = v;
+        *reinterpret_cast<float2*>(out + row * 2 * S + j * 8 + lane % 4 * 2) = v;
       }
 }
 
@@ -216,17 +231,16 @@ template <int S, typename T, typename TF>
 __device__ void run_group(const GradLaunch& p, int g, const TF* A, const TF* B, uint8_t* smem, float* partial) {
   const GradGroup& group = p.group[g];
   uint8_t* ring = smem;
-  T* f1 = reinterpret_cast<T*>(smem + kRingBytes);
-  T* f2 = f1 + kFactorBytes / 2;
-  T* middle1 = f2 + kFactorBytes / 2;
-  T* middle2 = middle1 + 2 * S * 64;
-  uint64_t* full = reinterpret_cast<uint64_t*>(middle2 + 2 * S * 64);
+  const int role = threadIdx.x / 128, side = role / 2, component = role % 2;  // consumers only
+  T* factor = reinterpret_cast<T*>(smem + kRingBytes) + role * kGradWidth;
+  T* middle = reinterpret_cast<T*>(smem + kRingBytes) + 4 * kGradWidth + role * S * 64;
+  uint64_t* full = reinterpret_cast<uint64_t*>(smem + kRingBytes + 2 * kFactorBytes + 4 * S * 128);
   uint64_t* empty = full + Tile<S>::kStages;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < Tile<S>::kStages; ++s) {
       barrier_init(&full[s], Tile<S>::kSmallRows ? 33 : 1);
-      barrier_init(&empty[s], 8);  // one arrival per consumer warp
+      barrier_init(&empty[s], kConsumers / 32);  // one arrival per consumer warp
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -234,17 +248,17 @@ __device__ void run_group(const GradLaunch& p, int g, const TF* A, const TF* B, 
 
   const int tiles = static_cast<int>(ceil_div(p.M, Tile<S>::kTokens));
   const int first = blockIdx.x - group.cta_begin, stride = group.cta_count;
-  float* out = partial + blockIdx.x * kGradSlab;
-  const int role = threadIdx.x / 128;
-  if (role == 0) {
-    load_factor<S>(f1, B, p.b_offset[g], group.second >= 0, group.mirrored);
-    consume<S, T, 0>(ring, f1, middle1, full, empty, first, stride, tiles, out);
-  } else if (role == 1) {
-    load_factor<S>(f2, A, p.a_offset[g], group.second >= 0, !group.mirrored);
-    consume<S, T, 1>(ring, f2, middle2, full, empty, first, stride, tiles, out + kGradSlab / 2);
-  } else if (threadIdx.x == 256) {
+  float* out = partial + blockIdx.x * kGradSlab + side * (kGradSlab / 2) + component * S;
+  const bool present = component == 0 || group.second >= 0;
+  if (role < 2) {
+    load_factor<S>(factor, B + p.b_offset[g][component], present, group.mirrored);
+    consume<S, T, 0>(ring, factor, middle, full, empty, first, stride, tiles, 1 + role, out);
+  } else if (role < 4) {
+    load_factor<S>(factor, A + p.a_offset[g][component], present, !group.mirrored);
+    consume<S, T, 1>(ring, factor, middle, full, empty, first, stride, tiles, 1 + role, out);
+  } else if (threadIdx.x == kConsumers) {
     produce_boxes<S>(&p.t1[g], &p.t2[g], ring, full, empty, first, stride, tiles);
-  } else if (threadIdx.x >= 288 && Tile<S>::kSmallRows) {
+  } else if (threadIdx.x >= kConsumers + 32 && Tile<S>::kSmallRows) {
     produce_rows<S>(static_cast<const uint8_t*>(group.mirrored ? p.dy : p.x), p.M, ring, full, empty, first, stride,
                     tiles);
   }
@@ -305,7 +319,7 @@ cudaError_t launch(const GradLaunch& p, const void* A, const void* B, int sms, f
 }
 
 // Relative time of one token in each kind of group, from measurements on an H200.
-double group_cost(int side) { return side == 64 ? 8.0 : side == 32 ? 4.8 : 4.0; }
+double group_cost(int side) { return side == 64 ? 8.0 : side == 32 ? 5.7 : 4.0; }
 
 }  // namespace
 

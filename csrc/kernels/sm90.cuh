@@ -76,12 +76,11 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 }
 
 #define MOKA_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MOKA_D8(d, i) MOKA_D4(d, i), MOKA_D4(d, i + 4)
 #define MOKA_D16(d, i) MOKA_D4(d, i), MOKA_D4(d, i + 4), MOKA_D4(d, i + 8), MOKA_D4(d, i + 12)
+#define MOKA_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define MOKA_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define MOKA_R32 MOKA_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define MOKA_R64                                                                            \
-  MOKA_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50," \
-           "%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // The accumulator d of 64 x N floats: N/2 registers of each of the warpgroup's 128 threads.
 #define MOKA_WGMMA(N, TYPE, REGS, OUTPUTS, A, B, P, T)                                              \
@@ -95,24 +94,23 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 template <int N, typename T, int kTransA>
 __device__ __forceinline__ void wgmma(float* d, uint64_t a, uint64_t b, int accumulate) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  static_assert(N == 32 || N == 64 || N == 128);
-  if constexpr (N == 32) {
+  static_assert(N == 16 || N == 32 || N == 64);
+  if constexpr (N == 16) {
+    if constexpr (kBf16)
+      MOKA_WGMMA("16", "bf16", MOKA_R8, MOKA_D8(d, 0), "8", "9", "10", "11");
+    else
+      MOKA_WGMMA("16", "f16", MOKA_R8, MOKA_D8(d, 0), "8", "9", "10", "11");
+  } else if constexpr (N == 32) {
     if constexpr (kBf16)
       MOKA_WGMMA("32", "bf16", MOKA_R16, MOKA_D16(d, 0), "16", "17", "18", "19");
     else
       MOKA_WGMMA("32", "f16", MOKA_R16, MOKA_D16(d, 0), "16", "17", "18", "19");
-  } else if constexpr (N == 64) {
+  } else {
 #define MOKA_D32 MOKA_D16(d, 0), MOKA_D16(d, 16)
     if constexpr (kBf16)
       MOKA_WGMMA("64", "bf16", MOKA_R32, MOKA_D32, "32", "33", "34", "35");
     else
       MOKA_WGMMA("64", "f16", MOKA_R32, MOKA_D32, "32", "33", "34", "35");
-  } else {
-#define MOKA_D64 MOKA_D16(d, 0), MOKA_D16(d, 16), MOKA_D16(d, 32), MOKA_D16(d, 48)
-    if constexpr (kBf16)
-      MOKA_WGMMA("128", "bf16", MOKA_R64, MOKA_D64, "64", "65", "66", "67");
-    else
-      MOKA_WGMMA("128", "f16", MOKA_R64, MOKA_D64, "64", "65", "66", "67");
   }
 }
 

@@ -64,8 +64,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
   TORCH_CHECK_TYPE(grad_y.scalar_type() == x.scalar_type(), "grad_y: expected dtype ", x.scalar_type(),
                    " like x, got ", grad_y.scalar_type());
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor x2 = x.reshape({-1, mix.shapes.K}).contiguous();
-  const at::Tensor dy2 = grad_y.reshape({-1, mix.shapes.N}).contiguous();
+  const at::Tensor x2 = aligned_rows(x, mix.shapes.K);
+  const at::Tensor dy2 = aligned_rows(grad_y, mix.shapes.N);
   TORCH_CHECK_VALUE(x2.size(0) == dy2.size(0), "grad_y: expected ", x2.size(0), " tokens like x, got ", dy2.size(0));
   const int64_t tokens = x2.size(0);
   auto pick = [](bool needed, const at::Tensor& grad, const at::Tensor& like) {
@@ -88,10 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
     float *raw_A = raw.mutable_data_ptr<float>(), *raw_B = raw_A + mix.shapes.a_numel;
     GradGroup groups[kMaxGradGroups];
     int num_groups;
-    auto kernel = choose_grad(tokens, p, x.scalar_type(), groups, &num_groups);
-    const bool misaligned = reinterpret_cast<uintptr_t>(x2.const_data_ptr()) % 16 != 0 ||
-                            reinterpret_cast<uintptr_t>(dy2.const_data_ptr()) % 16 != 0;
-    if (misaligned) kernel = GradKernel::kContract;
+    const auto kernel = choose_grad(tokens, p, x.scalar_type(), groups, &num_groups);
     if (kernel == GradKernel::kFactoredSm90) {
       const int sms = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
       scratch = at::empty({sms * kGradSlab}, fp32);
@@ -127,12 +124,16 @@ at::Tensor kron_mix(const at::Tensor& x, const at::Tensor& A, const at::Tensor& 
     TORCH_CHECK_VALUE(add->sizes() == at::IntArrayRef(sizes), "add: expected shape ", at::IntArrayRef(sizes),
                       ", got ", add->sizes());
     check_device("add", *add, "x", x);
-    check_dtype("add", *add, {x.scalar_type()});
+    check_dtype("add", *add, {x.scalar_type(), at::kFloat});
   }
   const at::Tensor dense = dense_mixture(mix, x.scalar_type());
-  const at::Tensor x2 = x.reshape({-1, in}), w = transpose ? dense : dense.t();
-  if (!add) return at::mm(x2, w.to(x.scalar_type())).view(sizes);
-  return at::addmm(add->reshape({-1, out}), x2, w.to(x.scalar_type())).view(sizes);
+  const at::Tensor x2 = aligned_rows(x, in), w = (transpose ? dense : dense.t()).to(x.scalar_type());
+  if (!add) return at::mm(x2, w).view(sizes);
+  const at::Tensor add2 = add->reshape({-1, out});
+  if (add2.scalar_type() == x.scalar_type()) return at::addmm(add2, x2, w).view(sizes);
+  // an fp32 base beside 16-bit activations: the sum is rounded once
+  const at::Tensor y = sixteen_bit(x.scalar_type()) ? at::mm(x2, w, at::kFloat) : at::mm(x2, w);
+  return y.add(add2).to(x.scalar_type()).view(sizes);
 }
 
 TORCH_LIBRARY_IMPL(moka, CUDA, m) {

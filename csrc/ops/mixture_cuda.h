@@ -70,6 +70,12 @@ struct CudaMixture {
   }
 };
 
+// [..., width] as contiguous rows on a 16-byte boundary: the same bits then come out whatever the strides were.
+inline at::Tensor aligned_rows(const at::Tensor& t, int64_t width) {
+  const at::Tensor rows = t.reshape({-1, width}).contiguous();
+  return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 ? rows.clone() : rows;
+}
+
 inline cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream(); }
 
 }  // namespace moka::cuda

@@ -73,7 +73,7 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
   const CudaMixture mix = mixture(A, B, alpha, shapes, packed, x.scalar_type());
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1);
   sizes.push_back(out);
-  const at::Tensor x2 = x.reshape({-1, in});
+  const at::Tensor x2 = aligned_rows(x, in);
   const int64_t tokens = x2.size(0);
   std::optional<at::Tensor> b;
   if (bias) {
@@ -83,11 +83,9 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
   }
   if (path != "merged" && tokens > 0 &&
       choose_linear(tokens, w.params, mix.args, x.scalar_type(), transpose) == LinearKernel::kDecode) {
-    at::Tensor xc = x2.contiguous();
-    if (reinterpret_cast<uintptr_t>(xc.const_data_ptr()) % 16) xc = xc.clone();
     at::Tensor y = at::empty({tokens, out}, x.options());
     const at::Tensor scratch = at::empty({decode_scratch(mix.args.shapes, tokens)}, x.options().dtype(at::kFloat));
-    C10_CUDA_CHECK(launch_decode(xc.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w.params,
+    C10_CUDA_CHECK(launch_decode(x2.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w.params,
                                  b ? b->const_data_ptr() : nullptr, mix.A.defined() ? mix.args : MixtureArgs{},
                                  scratch.mutable_data_ptr<float>(), y.mutable_data_ptr(), current_stream()));
     return y.view(sizes);
