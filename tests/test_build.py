@@ -127,7 +127,7 @@ BREAKAGES = {
 def test_broken_extension_in_a_fresh_process(tmp_path, breakage):
     """Import works; the first use names versions and the rebuild command instead of a raw loader error."""
     package = shutil.copytree(Path(moka.__file__).parent, tmp_path / "moka")
-    library = next(package.glob("_C*"))
+    library = next(package.glob("_C*.so"))
     library.write_bytes(BREAKAGES[breakage](library.read_bytes()))
     script = (
         "import torch, moka\n"
