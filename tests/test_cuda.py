@@ -298,6 +298,7 @@ def test_opcheck():
     torch.library.opcheck(ops.kron_mix_grad.default, (x, dy, *layer.mixture, True, True, True))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compile():
     layer = Layer(PERIODIC["square"])
     x, dy = torch.randn(128, layer.K).bfloat16(), torch.randn(128, layer.N).bfloat16()

@@ -119,9 +119,7 @@ struct DenseBase {
   __device__ void stage(uint8_t*, int, int64_t, int64_t, int, int) const {
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
-  __device__ void staged(const uint8_t*, int, int, int, int64_t e, float (&v)[8]) const {
-    decode(load(e), nullptr, v);
-  }
+  __device__ void staged(const uint8_t*, int, int, int, int64_t e, float (&v)[8]) const { decode(load(e), nullptr, v); }
   __device__ float at(int64_t e) const { return w ? to_float(w[e]) : 0.f; }
 };
 
@@ -154,7 +152,7 @@ constexpr int kMaxSlice = 2048;  // entries in one row of every A_i together
 // thread block owns eight neighbouring row phases, which share one row of every A_i: it keeps those rows in shared
 // memory, and a thread reads R numbers from there for each eight weights. The next weights are staged meanwhile.
 template <typename T, typename TF, int R, bool kIdentity, class Base>
-__global__ void __launch_bounds__(kBuildThreads, 1)
+__global__ void __launch_bounds__(kBuildThreads, 2)
     build_kernel(Base base, Factors<TF> f, const __grid_constant__ Components comps, int N, int K, int period_n,
                  int period_k, int macro_rows, T* out) {
   extern __shared__ __align__(16) uint8_t smem[];
@@ -216,7 +214,7 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
     if (J0 == 0 && s > 0)
 #pragma unroll
       for (int i = 0; i < R; ++i) a_at[i] -= steps * comps.c[i].a_column_step;
-#pragma unroll 2
+#pragma unroll 1
     for (int J = J0; J < J1; ++J) {
       const int64_t e = row + J * period_k;
       float v[8], sum[8];
@@ -290,8 +288,15 @@ inline Components by_value(const KronParams& p, int period_n = 0, int period_k =
     const KronComponent& c = p.components[i];
     const int ma = static_cast<int>(c.ma), na = static_cast<int>(c.na), mb = static_cast<int>(c.mb);
     const int nb = static_cast<int>(c.nb);
-    out.c[i] = {ma, na, mb, nb, c.identity, static_cast<int>(c.a_offset), static_cast<int>(c.b_offset),
-                period_n / mb * na, period_k / nb};
+    out.c[i] = {ma,
+                na,
+                mb,
+                nb,
+                c.identity,
+                static_cast<int>(c.a_offset),
+                static_cast<int>(c.b_offset),
+                period_n / mb * na,
+                period_k / nb};
   }
   for (int i = out.r; out.r && i < pad; ++i) out.c[i] = out.c[0];
   return out;
@@ -321,8 +326,8 @@ cudaError_t build(Base base, bool vector_base, int64_t N, int64_t K, const Mixtu
   if (vector && period.ok && aligned(mix.B, 16) && period.slice <= kMaxSlice && comps.r <= 10) {
     const int macros = static_cast<int>(N / period.n);
     const int64_t warps = int64_t{period.n} * (period.k / (8 * kLanes));
-    // as many warps as run at once (8 on each of 132 multiprocessors): long walks amortize what precedes them
-    int64_t macro_rows = macros * warps / 1024;
+    // as many warps as run at once (16 on each of 132 multiprocessors): long walks amortize what precedes them
+    int64_t macro_rows = macros * warps / 2048;
     macro_rows = macro_rows < 1 ? 1 : macro_rows > macros ? macros : macro_rows;
     const int64_t blocks = warps / 8 * ceil_div(macros, macro_rows);
     auto* kernel = has_identity(mix.shapes) ? build_kernel<T, TF, 10, true, Base>
@@ -331,15 +336,15 @@ cudaError_t build(Base base, bool vector_base, int64_t N, int64_t K, const Mixtu
     constexpr int kBytes = Base::kTableBytes + 2 * Base::kStageBytes + 2 * kMaxSlice * 4;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     if (error != cudaSuccess) return error;
-    kernel<<<static_cast<unsigned>(blocks), kBuildThreads, kBytes, stream>>>(
-        base, f, comps, static_cast<int>(N), static_cast<int>(K), period.n, period.k, static_cast<int>(macro_rows),
-        out);
+    kernel<<<static_cast<unsigned>(blocks), kBuildThreads, kBytes, stream>>>(base, f, comps, static_cast<int>(N),
+                                                                             static_cast<int>(K), period.n, period.k,
+                                                                             static_cast<int>(macro_rows), out);
     return cudaGetLastError();
   }
   const int64_t blocks = ceil_div(numel, kBuildThreads);
   build_generic_kernel<T, TF, Base>
-      <<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), kBuildThreads, 0, stream>>>(
-          base, f, comps, numel, static_cast<int>(K), out);
+      <<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), kBuildThreads, 0, stream>>>(base, f, comps, numel,
+                                                                                             static_cast<int>(K), out);
   return cudaGetLastError();
 }
 

@@ -7,10 +7,9 @@ namespace {
 // Index of the nearest NF4 value: thresholds halfway between neighbours, as bitsandbytes rounds them.
 __device__ __forceinline__ int nearest_code(float v) {
   constexpr float kThresholds[15] = {
-      -0.8480964004993439f,   -0.6106329262256622f,   -0.4599952697753906f, -0.33967943489551544f,
-      -0.23460740596055984f,  -0.13791173323988914f,  -0.045525018125772476f, 0.03979014977812767f,
-      0.1202552504837513f,    0.2035212516784668f,    0.2920137718319893f,  0.3893125355243683f,
-      0.5016634166240692f,    0.6427869200706482f,    0.8614784181118011f};
+      -0.8480964004993439f,  -0.6106329262256622f,   -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
+      -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f,   0.2035212516784668f,
+      0.2920137718319893f,   0.3893125355243683f,    0.5016634166240692f,  0.6427869200706482f,   0.8614784181118011f};
   int code = 0;
 #pragma unroll
   for (int i = 0; i < 15; ++i) code += v > kThresholds[i];
@@ -28,8 +27,7 @@ __global__ void quantize_kernel(const T* w, int64_t numel, int64_t blocksize, ui
   float largest = 0.f;
   for (int64_t e = begin + lane; e < end; e += kLanes) largest = fmaxf(largest, fabsf(to_float(w[e])));
 #pragma unroll
-  for (int offset = kLanes / 2; offset; offset /= 2)
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+  for (int offset = kLanes / 2; offset; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
   if (lane == 0) absmax[block] = largest;
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(largest));
@@ -47,7 +45,7 @@ cudaError_t quantize(const void* w, int64_t numel, int64_t blocksize, uint8_t* p
   if (numel == 0) return cudaSuccess;
   const int64_t warps = ceil_div(numel, blocksize), blocks = ceil_div(warps, kBuildThreads / kLanes);
   quantize_kernel<T><<<static_cast<unsigned>(blocks), kBuildThreads, 0, stream>>>(static_cast<const T*>(w), numel,
-                                                                               blocksize, packed, absmax);
+                                                                                  blocksize, packed, absmax);
   return cudaGetLastError();
 }
 
@@ -94,7 +92,8 @@ cudaError_t launch_build_from_nf4(const Nf4Params& w, const MixtureArgs& mix, Dt
     case Dtype::kBF16:
       return from_nf4<__nv_bfloat16>(w, mix, out, stream);
     default:  // fp64 mixtures are the operators' business
-      return mix.shapes.r ? cudaErrorInvalidValue : build<double, float>(nf4_base(w), false, w.N, w.K, mix, static_cast<double*>(out), stream);
+      return mix.shapes.r ? cudaErrorInvalidValue
+                          : build<double, float>(nf4_base(w), false, w.N, w.K, mix, static_cast<double*>(out), stream);
   }
 }
 

@@ -4,9 +4,8 @@
 // in fp32. decode_kernel: W x on tensor cores, with the codes decoded in registers by a 256-entry table of pairs, one
 // copy per shared-memory bank; block scales are applied to sums over blocks of 64, in fp32; then the second half of
 // the mixture and the bias are added and y is rounded once. With both, the second launch overlaps the first.
-#include "decode_cuda.h"
-
 #include "cuda_common.cuh"
+#include "decode_cuda.h"
 
 namespace moka::cuda {
 namespace {
@@ -158,8 +157,7 @@ __device__ void fill_table(uint32_t* table) {
     const T pair[2] = {from_acc<T>(kNf4[byte >> 4]), from_acc<T>(kNf4[byte & 15])};
     const uint32_t v = *reinterpret_cast<const uint32_t*>(pair);
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      reinterpret_cast<uint4*>(table)[byte * 8 + (j + byte) % 8] = make_uint4(v, v, v, v);
+    for (int j = 0; j < 8; ++j) reinterpret_cast<uint4*>(table)[byte * 8 + (j + byte) % 8] = make_uint4(v, v, v, v);
   }
 }
 
@@ -222,7 +220,8 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
     for (int i = threadIdx.x; i < 256; i += blockDim.x) code2[i] = w.code2[i];
   __syncthreads();
 
-  __shared__ int factor_row[kMixture ? kRows : 1][kMaxDecodeComponents], middle_row[kMixture ? kRows : 1][kMaxDecodeComponents];
+  __shared__ int factor_row[kMixture ? kRows : 1][kMaxDecodeComponents],
+      middle_row[kMixture ? kRows : 1][kMaxDecodeComponents];
   __shared__ uint16_t unit_component[kMixture ? kMaxUnits : 1], unit_term[kMixture ? kMaxUnits : 1];
   int units = 0;
   if (kMixture) {
@@ -252,8 +251,7 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
     for (int m = 0; m < MT; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        scale[m][h] = nested ? __fadd_rn(__fmul_rn(code2[now.code[m][h]], now.absmax[m][h]), offset)
-                             : now.absmax[m][h];
+        scale[m][h] = nested ? __fadd_rn(__fmul_rn(code2[now.code[m][h]], now.absmax[m][h]), offset) : now.absmax[m][h];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       asm volatile("" ::: "memory");  // one block's registers at a time
@@ -388,8 +386,8 @@ template <typename T, typename TF>
 cudaError_t decode_with_mixture(const DecodeArgs& d) {
   const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
   const dim3 grid(static_cast<unsigned>(d.plan.blocks), static_cast<unsigned>(d.tokens));
-  mixture_stage1_kernel<T, TF><<<grid, kStage1Threads, 0, d.stream>>>(static_cast<const T*>(d.x),
-                                                                      static_cast<int>(d.w.K), f, d.plan, d.middle);
+  mixture_stage1_kernel<T, TF>
+      <<<grid, kStage1Threads, 0, d.stream>>>(static_cast<const T*>(d.x), static_cast<int>(d.w.K), f, d.plan, d.middle);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   if (d.tokens <= 8) return launch_main<T, TF, 1, 1, 8, true>(d);
@@ -413,20 +411,22 @@ cudaError_t decode(const DecodeArgs& d) {
 
 bool decode_supports(const Nf4Params& w) {
   const bool pow2 = w.absmax || (w.blocksize2 > 0 && (w.blocksize2 & (w.blocksize2 - 1)) == 0);
-  return w.blocksize == kBlock && pow2 && w.K % kChunk == 0 && w.N % 16 == 0 && w.N > 0 && w.K > 0 &&
-         w.N < INT32_MAX && w.K < INT32_MAX && aligned(w.packed, 8);
+  return w.blocksize == kBlock && pow2 && w.K % kChunk == 0 && w.N % 16 == 0 && w.N > 0 && w.K > 0 && w.N < INT32_MAX &&
+         w.K < INT32_MAX && aligned(w.packed, 8);
 }
 
 bool decode_supports(const MixtureArgs& mix) {
   const KronParams& p = mix.shapes;
-  bool ok = p.r <= kMaxDecodeComponents && aligned(mix.A, 16) && aligned(mix.B, 16);
-  int64_t terms = 0;
-  for (int64_t i = 0; i < p.r; ++i) {
-    const KronComponent& c = p.components[i];
+  if (p.r > kMaxDecodeComponents || !aligned(mix.A, 16) || !aligned(mix.B, 16)) return false;
+  const MixturePlan plan = plan_mixture(p);
+  bool ok = true;
+  int units = 0;
+  for (int i = 0; i < plan.r; ++i) {
+    const Component& c = plan.c[i];
     ok = ok && c.na % 4 == 0 && c.nb % 4 == 0 && c.a_offset % 4 == 0 && c.b_offset % 4 == 0;
-    terms += c.na > c.nb ? c.na : c.nb;
+    units += plan.half[i].length / 4;
   }
-  return ok && terms / 4 <= kMaxUnits;
+  return ok && units <= kMaxUnits;
 }
 
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens) {

@@ -10,7 +10,7 @@
 namespace moka::cuda {
 
 constexpr int64_t kMaxDecodeTokens = 64;         // without a mixture
-constexpr int64_t kMaxDecodeTokensMixture = 8;  // with one: beyond, its second half costs more than a dense build
+constexpr int64_t kMaxDecodeTokensMixture = 16;  // with one
 
 // Whether the kernels take this weight: K a multiple of 256, N of 16, blocks of 64, aligned.
 bool decode_supports(const Nf4Params& w);

@@ -1,7 +1,6 @@
 // Contraction of G = dY^T X with the factors; see kron_grad_cuda.h. All sums have a fixed order.
-#include "kron_grad_cuda.h"
-
 #include "build_cuda.cuh"
+#include "kron_grad_cuda.h"
 
 namespace moka::cuda {
 namespace {
@@ -43,8 +42,8 @@ struct ContractPlan {
 
 template <typename TF, bool kIdentity>
 __global__ void __launch_bounds__(kContractThreads, 2)
-    contract_kernel(const float* G, Factors<TF> f, const __grid_constant__ Components comps, int N, int K,
-                    int period_n, int period_k, int tile_rows, int splits, float* part, float* tiles) {
+    contract_kernel(const float* G, Factors<TF> f, const __grid_constant__ Components comps, int N, int K, int period_n,
+                    int period_k, int tile_rows, int splits, float* part, float* tiles) {
   const int lane = threadIdx.x % kLanes;
   const int tiles_k = period_k / kTileColumns, tiles_n = period_n / 16;
   int warp = blockIdx.x * (kContractThreads / kLanes) + threadIdx.x / kLanes;
@@ -119,16 +118,15 @@ __global__ void __launch_bounds__(kContractThreads, 2)
   }
 #pragma unroll
   for (int i = 0; i < kContractR; ++i)
-    if (i < comps.r)
-      store8(part + ((static_cast<int64_t>(split) * comps.r + i) * period_n + p) * period_k + q, acc[i]);
+    if (i < comps.r) store8(part + ((static_cast<int64_t>(split) * comps.r + i) * period_n + p) * period_k + q, acc[i]);
 }
 
 constexpr int kSumLanes = 8;  // lanes per output of contract_sum_kernel
 
 // Adds what contract_kernel left: blockIdx.y is the component, blockIdx.z 0 for A and 1 for B.
-__global__ void contract_sum_kernel(const __grid_constant__ Components comps, int N, int K, int period_n,
-                                    int period_k, int tile_rows, int splits, const float* part, const float* tiles,
-                                    float* raw_A, float* raw_B) {
+__global__ void contract_sum_kernel(const __grid_constant__ Components comps, int N, int K, int period_n, int period_k,
+                                    int tile_rows, int splits, const float* part, const float* tiles, float* raw_A,
+                                    float* raw_B) {
   const int i = blockIdx.y, lane = threadIdx.x % kSumLanes;
   const int e = (blockIdx.x * blockDim.x + threadIdx.x) / kSumLanes;
   const Component& s = comps.c[i];
@@ -138,7 +136,8 @@ __global__ void contract_sum_kernel(const __grid_constant__ Components comps, in
   float sum = 0.f;
   if (e < count) {
     const int width = side_a ? K / kTileColumns : period_k;
-    const unsigned rows = side_a ? s.mb / tile_rows : period_n / s.mb, columns = side_a ? s.nb / kTileColumns : period_k / s.nb;
+    const unsigned rows = side_a ? s.mb / tile_rows : period_n / s.mb,
+                   columns = side_a ? s.nb / kTileColumns : period_k / s.nb;
     // term (split, u, v): neighbouring tiles for A, periodic images for B
     const int row0 = side_a ? e / s.na * rows : e / s.nb, column0 = side_a ? e % s.na * columns : e % s.nb;
     const int row_step = side_a ? 1 : s.mb, column_step = side_a ? 1 : s.nb;
@@ -174,7 +173,7 @@ __global__ void contract_generic_kernel(const float* G, Factors<TF> f, const __g
       const int ib = side_a ? t / s.nb : e / s.nb, jb = side_a ? t % s.nb : e % s.nb;
       const Identity other = side_a ? Identity::kB : Identity::kA;
       const float w = s.identity == other ? float(side_a ? ib == jb : ia == ja)
-                                        : to_float(side_a ? f.B[s.b_offset + t] : f.A[s.a_offset + t]);
+                                          : to_float(side_a ? f.B[s.b_offset + t] : f.A[s.a_offset + t]);
       sum += w * G[static_cast<int64_t>(ia * s.mb + ib) * K + ja * s.nb + jb];
     }
 #pragma unroll
@@ -275,12 +274,10 @@ cudaError_t contract(const float* G, const MixtureArgs& mix, float* scratch, flo
   const unsigned r = static_cast<unsigned>(p.r);
   if (plan.ok && aligned(G, 16) && aligned(mix.B, 16)) {
     float *part = scratch, *tiles = scratch + plan.part_floats;
-    const int64_t warps =
-        int64_t{plan.period_n} / 16 * (plan.period_k / kTileColumns) * plan.splits;
+    const int64_t warps = int64_t{plan.period_n} / 16 * (plan.period_k / kTileColumns) * plan.splits;
     auto* kernel = has_identity(p) ? contract_kernel<TF, true> : contract_kernel<TF, false>;
-    kernel<<<static_cast<unsigned>(ceil_div(warps, kContractThreads / kLanes)), kContractThreads, 0,
-                          stream>>>(G, factors<TF>(mix), comps, N, K, plan.period_n,
-                                    plan.period_k, plan.tile_rows, plan.splits, part, tiles);
+    kernel<<<static_cast<unsigned>(ceil_div(warps, kContractThreads / kLanes)), kContractThreads, 0, stream>>>(
+        G, factors<TF>(mix), comps, N, K, plan.period_n, plan.period_k, plan.tile_rows, plan.splits, part, tiles);
     const dim3 grid(static_cast<unsigned>(ceil_div(int64_t{largest_factor(p)} * kSumLanes, 128)), r, 2);
     contract_sum_kernel<<<grid, 128, 0, stream>>>(comps, N, K, plan.period_n, plan.period_k, plan.tile_rows,
                                                   plan.splits, part, tiles, raw_A, raw_B);
@@ -288,8 +285,7 @@ cudaError_t contract(const float* G, const MixtureArgs& mix, float* scratch, flo
   }
   const int64_t blocks = ceil_div(largest_factor(p), 8);
   const dim3 grid(static_cast<unsigned>(blocks < 65536 ? blocks : 65536), r, 2);
-  contract_generic_kernel<TF>
-      <<<grid, 256, 0, stream>>>(G, factors<TF>(mix), comps, K, raw_A, raw_B);
+  contract_generic_kernel<TF><<<grid, 256, 0, stream>>>(G, factors<TF>(mix), comps, K, raw_A, raw_B);
   return cudaGetLastError();
 }
 
@@ -297,8 +293,8 @@ template <typename TF>
 cudaError_t finish(const float* raw_A, const float* raw_B, const MixtureArgs& mix, void* grad_A, void* grad_B,
                    float* grad_alpha, cudaStream_t stream) {
   finish_kernel<TF><<<static_cast<unsigned>(mix.shapes.r), kFinishThreads, 0, stream>>>(
-      raw_A, raw_B, factors<TF>(mix), by_value(mix.shapes),
-      static_cast<TF*>(grad_A), static_cast<TF*>(grad_B), grad_alpha);
+      raw_A, raw_B, factors<TF>(mix), by_value(mix.shapes), static_cast<TF*>(grad_A), static_cast<TF*>(grad_B),
+      grad_alpha);
   return cudaGetLastError();
 }
 

@@ -168,7 +168,7 @@ __device__ void consume(const uint8_t* ring, const T* factor, T* middle, uint64_
   }
   for (int tile = first; tile < tiles; tile += stride) {
     named_barrier(barrier, 128);  // every warp has finished reading `middle`
-    // row (t, r), column f of d goes to row r, column (t, f) of `middle`
+                                  // row (t, r), column f of d goes to row r, column (t, f) of `middle`
 #pragma unroll
     for (int j = 0; j < S / 8; ++j)
 #pragma unroll
@@ -304,8 +304,9 @@ bool encode(CUtensorMap* map, const void* base, bool bf16, int64_t rows, int col
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t step[2] = {1, 1};
   return encode_tiled()(map, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-                        const_cast<void*>(base), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                        const_cast<void*>(base), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 template <typename T, typename TF>

@@ -44,8 +44,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t* bar, int parity) {
 // Copies one box of a two-dimensional tensor map into shared memory; completes on `bar`.
 __device__ __forceinline__ void copy_box(void* dst, const void* map, int x, int y, uint64_t* bar) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          shared_address(dst)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(shared_address(dst)),
       "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y)
       : "memory");
 }
@@ -83,11 +83,12 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 #define MOKA_R32 MOKA_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 
 // The accumulator d of 64 x N floats: N/2 registers of each of the warpgroup's 128 threads.
-#define MOKA_WGMMA(N, TYPE, REGS, OUTPUTS, A, B, P, T)                                              \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"                                      \
-               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGS "}, %" A    \
-               ", %" B ", p, 1, 1, %" T ", 0;\n}\n"                                                 \
-               : OUTPUTS                                                                            \
+#define MOKA_WGMMA(N, TYPE, REGS, OUTPUTS, A, B, P, T)                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                                    \
+               ", 0;\n"                                                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGS "}, %" A ", %" B \
+               ", p, 1, 1, %" T ", 0;\n}\n"                                                              \
+               : OUTPUTS                                                                                 \
                : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA))
 
 // d = a b (+ d): a is 64 x 16, with kTransA stored with its 64 rows contiguous; b is N x 16, 16 contiguous.

@@ -1,5 +1,5 @@
-// Which CUDA kernel computes what, decided here and nowhere else. From measurements on an H200; benchmarks/bench_cuda.py
-// prints the choices beside the timings.
+// Which CUDA kernel computes what, decided here and nowhere else. From measurements on an H200;
+// benchmarks/bench_cuda.py prints the choices beside the timings.
 #pragma once
 
 #include <ATen/cuda/CUDAContext.h>

@@ -1,10 +1,9 @@
 // Kronecker mixture operators on CUDA.
-#include "kron_cuda.h"
-
 #include <torch/library.h>
 
 #include "choose_cuda.h"
 #include "kernels/kron_grad_cuda.h"
+#include "kron_cuda.h"
 
 namespace moka::cuda {
 namespace {
@@ -28,8 +27,7 @@ at::Tensor kron_add(const at::Tensor& weight, const at::Tensor& A, const at::Ten
 at::Tensor dense_mixture(const CudaMixture& mix, at::ScalarType dtype) {
   if (mix.fp64) return mix.dense_fp64();
   at::Tensor out = at::empty({mix.shapes.N, mix.shapes.K}, mix.A.options().dtype(dtype));
-  C10_CUDA_CHECK(
-      launch_build_from_dense(nullptr, mix.args, dtype_of(dtype), out.mutable_data_ptr(), current_stream()));
+  C10_CUDA_CHECK(launch_build_from_dense(nullptr, mix.args, dtype_of(dtype), out.mutable_data_ptr(), current_stream()));
   return out;
 }
 
@@ -61,8 +59,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
   check_last_dim("x", x, mix.shapes.K);
   check_last_dim("grad_y", grad_y, mix.shapes.N);
   check_device("grad_y", grad_y, "x", x);
-  TORCH_CHECK_TYPE(grad_y.scalar_type() == x.scalar_type(), "grad_y: expected dtype ", x.scalar_type(),
-                   " like x, got ", grad_y.scalar_type());
+  TORCH_CHECK_TYPE(grad_y.scalar_type() == x.scalar_type(), "grad_y: expected dtype ", x.scalar_type(), " like x, got ",
+                   grad_y.scalar_type());
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor x2 = aligned_rows(x, mix.shapes.K);
   const at::Tensor dy2 = aligned_rows(grad_y, mix.shapes.N);
@@ -121,8 +119,8 @@ at::Tensor kron_mix(const at::Tensor& x, const at::Tensor& A, const at::Tensor& 
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1);
   sizes.push_back(out);
   if (add) {
-    TORCH_CHECK_VALUE(add->sizes() == at::IntArrayRef(sizes), "add: expected shape ", at::IntArrayRef(sizes),
-                      ", got ", add->sizes());
+    TORCH_CHECK_VALUE(add->sizes() == at::IntArrayRef(sizes), "add: expected shape ", at::IntArrayRef(sizes), ", got ",
+                      add->sizes());
     check_device("add", *add, "x", x);
     check_dtype("add", *add, {x.scalar_type(), at::kFloat});
   }
@@ -130,9 +128,10 @@ at::Tensor kron_mix(const at::Tensor& x, const at::Tensor& A, const at::Tensor& 
   const at::Tensor x2 = aligned_rows(x, in), w = (transpose ? dense : dense.t()).to(x.scalar_type());
   if (!add) return at::mm(x2, w).view(sizes);
   const at::Tensor add2 = add->reshape({-1, out});
-  if (add2.scalar_type() == x.scalar_type()) return at::addmm(add2, x2, w).view(sizes);
-  // an fp32 base beside 16-bit activations: the sum is rounded once
-  const at::Tensor y = sixteen_bit(x.scalar_type()) ? at::mm(x2, w, at::kFloat) : at::mm(x2, w);
+  const bool half = sixteen_bit(x.scalar_type());
+  if (half && add2.scalar_type() == x.scalar_type()) return at::addmm(add2, x2, w).view(sizes);
+  // fp32 and fp64, and an fp32 base beside 16-bit activations: the sum is rounded once
+  const at::Tensor y = half ? at::mm(x2, w, at::kFloat) : at::mm(x2, w);
   return y.add(add2).to(x.scalar_type()).view(sizes);
 }
 

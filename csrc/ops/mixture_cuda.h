@@ -40,9 +40,9 @@ struct CudaMixture {
       : shapes(parse_shapes(shapes_)) {
     TORCH_CHECK_VALUE(shapes.components.size() <= 64, "shapes: expected at most 64 components, got ",
                       shapes.components.size());
-    TORCH_CHECK_VALUE(shapes.N <= INT32_MAX && shapes.K <= INT32_MAX && shapes.a_numel <= INT32_MAX &&
-                          shapes.b_numel <= INT32_MAX,
-                      "shapes: expected N, K and the factors' entries below 2^31, got ", shapes.N, " x ", shapes.K);
+    TORCH_CHECK_VALUE(
+        shapes.N <= INT32_MAX && shapes.K <= INT32_MAX && shapes.a_numel <= INT32_MAX && shapes.b_numel <= INT32_MAX,
+        "shapes: expected N, K and the factors' entries below 2^31, got ", shapes.N, " x ", shapes.K);
     fp64 = result == at::kDouble || A_.scalar_type() == at::kDouble;
     const at::ScalarType factor = fp64 ? at::kDouble : A_.scalar_type() == result ? result : at::kFloat;
     A = A_.contiguous().view(-1).to(factor);
