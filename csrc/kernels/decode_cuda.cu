@@ -4,8 +4,8 @@
 // in fp32. decode_kernel: W x on tensor cores, with the codes decoded in registers by a 256-entry table of pairs, one
 // copy per shared-memory bank; block scales are applied to sums over blocks of 64, in fp32; then the second half of
 // the mixture and the bias are added and y is rounded once. With both, the second launch overlaps the first.
-#include "cuda_common.cuh"
 #include "decode_cuda.h"
+#include "decode_mixture.cuh"
 
 namespace moka::cuda {
 namespace {
@@ -14,6 +14,7 @@ constexpr int kLanes = 32;
 constexpr int kBlock = 64;   // weights per absmax
 constexpr int kChunk = 256;  // columns a warp handles at a time: four blocks of each of its rows
 constexpr int kTableBytes = 256 * kLanes * 4;
+
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
