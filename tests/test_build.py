@@ -231,6 +231,8 @@ def test_pip_install_into_an_environment_with_only_torch(tree, tmp_path):
     for name in torch_and_its_requirements():
         link_distribution(name, site_packages)
     run([python, "-m", "pip", "install", "--no-deps", str(tree)])
+    for name in ("numpy", "safetensors"):  # what pip would have fetched without --no-deps
+        link_distribution(name, site_packages)
     script = (
         "import torch, moka\n"
         "moka.nf4.quantize(torch.ones(8, 64))\n"
