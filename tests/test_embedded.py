@@ -143,9 +143,9 @@ def test_the_real_model_and_questions():
     assert len(embedded.task_rows("arc_easy", "train")) == 2251
     model, tokenizer = load_model()
     assert len(model.moka_quantization.quantized) == 210
-    choices = [to_choice(row) for row in rows[:12]]
+    choices = [to_choice(row) for row in rows[:80]]
     packed = multiple_choice(model, tokenizer, choices, packed=True)
     plain = multiple_choice(model, tokenizer, choices[:3], packed=False)
     for got, want in zip(packed.scores, plain.scores, strict=False):
         assert got == pytest.approx(want, abs=0.01)
-    assert packed.accuracy > 0.25
+    assert packed.accuracy > 0.35  # guessing gives 0.25; 0.47 on all 570 rows, standard error 0.056 on 80
