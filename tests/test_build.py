@@ -185,13 +185,14 @@ def tree(tmp_path):
 
 
 def test_source_archive_holds_what_the_build_needs(tree, tmp_path):
+    folders = ("csrc", "_backend", "moka")
+    expected = {folder: {path.relative_to(tree) for path in (tree / folder).rglob("*")} for folder in folders}
     script = "import sys; sys.path.insert(0, '_backend'); import moka_build; moka_build.build_sdist('..')"
     subprocess.run([sys.executable, "-c", script], cwd=tree, check=True, capture_output=True)
     shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), tmp_path / "unpacked")
     unpacked = next((tmp_path / "unpacked").iterdir())
-    for folder in ("csrc", "_backend", "moka"):
-        expected = {path.relative_to(tree) for path in (tree / folder).rglob("*")}
-        assert expected == {path.relative_to(unpacked) for path in (unpacked / folder).rglob("*")}
+    for folder in folders:
+        assert expected[folder] == {path.relative_to(unpacked) for path in (unpacked / folder).rglob("*")}
 
 
 def torch_and_its_requirements() -> set[str]:
