@@ -25,3 +25,14 @@ def pytest_terminal_summary(terminalreporter):
 def seed():
     """The same random numbers in every run of a test."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def isa(request):
+    """Runs a test once per instruction set that this CPU has."""
+    from moka import _C  # here, so that the tests of a missing extension can be collected
+
+    if not _C.set_cpu_isa(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    _C.set_cpu_isa("auto")

@@ -25,15 +25,6 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request):
-    """Runs a test once per instruction set that this CPU has."""
-    if not _C.set_cpu_isa(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    _C.set_cpu_isa("auto")
-
-
 @pytest.fixture(
     params=[("auto", d) for d in DTYPES] + [(i, torch.float32) for i in ("scalar", "avx2", "avx512")]
 )

@@ -32,15 +32,6 @@ CASES = {
 by_case = pytest.mark.parametrize("name", CASES)
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def isa(request):
-    """Runs a test once per instruction set that this CPU has."""
-    if not _C.set_cpu_isa(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    _C.set_cpu_isa("auto")
-
-
 class Layer:
     """A random quantized weight with a mixture, and the operators on them."""
 

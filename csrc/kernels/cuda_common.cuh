@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "nf4_codebook.h"
 #include "params.h"
 
 namespace moka::cuda {
@@ -54,22 +55,7 @@ __device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
-static __constant__ float kNf4[16] = {-1.0f,
-                                      -0.6961928009986877f,
-                                      -0.5250730514526367f,
-                                      -0.39491748809814453f,
-                                      -0.28444138169288635f,
-                                      -0.18477343022823334f,
-                                      -0.09105003625154495f,
-                                      0.0f,
-                                      0.07958029955625534f,
-                                      0.16093020141124725f,
-                                      0.24611230194568634f,
-                                      0.33791524171829224f,
-                                      0.44070982933044434f,
-                                      0.5626170039176941f,
-                                      0.7229568362236023f,
-                                      1.0f};
+static __constant__ float kNf4[16] = {MOKA_NF4_CODE};
 
 // Undoes double quantization with two roundings, as bitsandbytes does.
 __device__ __forceinline__ float block_scale(const Nf4Params& w, int64_t block) {

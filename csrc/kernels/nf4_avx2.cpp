@@ -13,15 +13,6 @@
 namespace moka {
 
 extern const Nf4Kernels kNf4Avx2;
-const Nf4Kernels kNf4Avx2 = {
-    &MOKA_SIMD::quantize<float>,
-    &MOKA_SIMD::quantize<Bfloat16>,
-    &MOKA_SIMD::quantize<Float16>,
-    &MOKA_SIMD::dequantize<float>,
-    &MOKA_SIMD::dequantize<Bfloat16>,
-    &MOKA_SIMD::dequantize<Float16>,
-    &MOKA_SIMD::linear,
-    &MOKA_SIMD::linear_transposed,
-};
+const Nf4Kernels kNf4Avx2 = MOKA_SIMD::nf4_table();
 
 }  // namespace moka

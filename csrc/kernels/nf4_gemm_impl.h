@@ -168,6 +168,18 @@ void linear_transposed(const Nf4Params& w, const Nf4Mixture* mixture, const floa
   }
 }
 
+// What this instruction set offers, in the order of Nf4Kernels.
+constexpr Nf4Kernels nf4_table() {
+  return {&quantize<float>,
+          &quantize<Bfloat16>,
+          &quantize<Float16>,
+          &dequantize<float>,
+          &dequantize<Bfloat16>,
+          &dequantize<Float16>,
+          &linear,
+          &linear_transposed};
+}
+
 }  // namespace
 }  // namespace MOKA_SIMD
 }  // namespace moka

@@ -12,15 +12,6 @@
 namespace moka {
 
 extern const Nf4Kernels kNf4Scalar;
-const Nf4Kernels kNf4Scalar = {
-    &MOKA_SIMD::quantize<float>,
-    &MOKA_SIMD::quantize<Bfloat16>,
-    &MOKA_SIMD::quantize<Float16>,
-    &MOKA_SIMD::dequantize<float>,
-    &MOKA_SIMD::dequantize<Bfloat16>,
-    &MOKA_SIMD::dequantize<Float16>,
-    &MOKA_SIMD::linear,
-    &MOKA_SIMD::linear_transposed,
-};
+const Nf4Kernels kNf4Scalar = MOKA_SIMD::nf4_table();
 
 }  // namespace moka
