@@ -1,178 +1,175 @@
-"""Op and layer timings on one GPU beside their peers: python benchmarks/bench_cuda.py OUT.csv [--quick].
+"""Op and layer timings on one GPU beside their peers.
 
-Many tokens: one call at a time with a cold L2 (triton's do_bench, medians). Few tokens: many copies of the
-weight in one CUDA graph, time per layer. Peers run in the same process: cuBLAS on a dense weight,
-bitsandbytes, the mixture in plain PyTorch (also compiled), peft's LoRA.
+    python benchmarks/bench_cuda.py FOLDER [--only decode forward dequantize training compiled] [--quick]
+
+Each section writes FOLDER/cuda_SECTION.csv, medians in microseconds.
+
+    decode      few tokens: many layers in one CUDA graph, more weights than the L2 holds, time per layer
+    forward     many tokens: one call, cold L2
+    dequantize  NF4 to bf16, with the mixture merged in or without; one call, cold L2
+    training    forward, gradient of the input and of the adapter, 4096 tokens; one call, cold L2;
+                "graph" rows replay the step as a CUDA graph, without the host's part
+    compiled    the training step of the mixture in plain PyTorch under torch.compile
+
+"moka" is the layer as `moka.inject` makes it, "moka op" the functional form with the gates worked out.
 """
 
-import csv
-import datetime
-import subprocess
-import sys
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import bitsandbytes as bnb
-import peft
 import torch
-from torch import nn
+from cuda_peers import (
+    DTYPE,
+    dense,
+    int4_call,
+    linear4bit,
+    operands,
+    peft_layers,
+    plain,
+    with_lycoris,
+    with_moka,
+)
+from cuda_timing import Call, Table, capture, ceilings, cold_calls, facts, graph_calls
+from timing import Timing
+from torch import Tensor, nn
 from torch.nn.functional import linear
-from triton.testing import do_bench
 
-from moka import functional, nf4, reference
-from moka.shapes import flatten_shapes, plan_shapes
+from moka import functional
 
-LAYERS = {(4096, 4096): 24, (1024, 4096): 80, (14336, 4096): 8, (4096, 14336): 8}  # copies that fill the L2
-DTYPE = torch.bfloat16
+COPIES = {(4096, 4096): 24, (1024, 4096): 80, (14336, 4096): 8, (4096, 14336): 8}  # fill the L2 four times
+Timings = Iterator[tuple[int, dict[str, Timing]]]  # tokens, what -> time
 
 
-def microseconds(f):
-    """Median of one call, cold L2."""
-    return do_bench(f, warmup=10, rep=40, return_mode="median") * 1e3
+def decode(N: int, K: int, quick: bool) -> Timings:
+    """Few tokens, one CUDA graph per variant."""
+    count = COPIES[N, K]
+    weights, ints = [dense(N, K).weight for _ in range(count)], [int4_call(N, K) for _ in range(count)]
+    adapted = [with_moka(linear4bit(N, K)).eval() for _ in range(count)]
+    bases = [layer.base_layer for layer in adapted]
+    ops = [operands(layer) for layer in adapted]
+
+    def calls(x: Tensor) -> dict[str, list[Call]]:
+        return {
+            "cuBLAS bf16": [lambda w=w: linear(x, w) for w in weights],
+            "bitsandbytes": [lambda y=y: y(x) for y in bases],
+            "torch int4": [lambda f=f: f(x) for f in ints],
+            "moka base": [lambda w=w: functional.nf4_linear(x, w) for w, _ in ops],
+            "moka op": [lambda w=w, m=m: functional.moka_linear(x, w, None, *m) for w, m in ops],
+            "moka": [lambda y=y: y(x) for y in adapted],
+        }
+
+    for tokens in (1, 16) if quick else (1, 4, 8, 16, 32, 64):
+        yield tokens, graph_calls(calls(torch.randn(tokens, K, device="cuda", dtype=DTYPE)))
 
 
-def graph_microseconds(calls, repeats=15):
-    """Median time per call of `calls` captured in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[repeats // 2]
+def forward(N: int, K: int, quick: bool) -> Timings:
+    """Many tokens without gradients."""
+    weight, layer = dense(N, K).weight, with_moka(linear4bit(N, K)).eval()
+    w4, mixture = operands(layer)
+
+    def calls(x: Tensor) -> dict[str, Call]:
+        return {
+            "cuBLAS bf16": lambda: linear(x, weight),
+            "bitsandbytes": lambda: layer.base_layer(x),
+            "moka base": lambda: functional.nf4_linear(x, w4),
+            "moka op": lambda: functional.moka_linear(x, w4, None, *mixture),
+            "moka": lambda: layer(x),
+        }
+
+    for tokens in (512, 4096) if quick else (128, 256, 512, 4096, 16384):
+        yield tokens, cold_calls(calls(torch.randn(tokens, K, device="cuda", dtype=DTYPE)))
 
 
-class Layer:
-    """One layer in every form that is timed."""
-
-    def __init__(self, N, K):
-        self.dense = torch.randn(N, K, device="cuda", dtype=DTYPE) / 50
-        self.bnb = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=DTYPE, quant_type="nf4")
-        self.bnb.weight = bnb.nn.Params4bit(self.dense.cpu(), requires_grad=False, quant_type="nf4")
-        self.bnb = self.bnb.cuda()
-        self.shapes = plan_shapes(N, K, 10)
-        make = lambda n: (torch.randn(n, device="cuda") / 100).requires_grad_()  # noqa: E731
-        self.A, self.B = make(sum(s.a_numel for s in self.shapes)), make(sum(s.b_numel for s in self.shapes))
-        self.alpha = torch.ones(len(self.shapes), device="cuda", requires_grad=True)
-
-    @property
-    def w4(self):
-        return nf4.from_bitsandbytes(self.bnb)
-
-    def moka(self, x, path="auto"):
-        return functional.moka_linear(x, self.w4, None, self.A, self.B, self.alpha, self.shapes, path)
-
-    def plain(self, x):
-        factors = (self.A.to(DTYPE), self.B.to(DTYPE), self.alpha.to(DTYPE))
-        return self.bnb(x) + reference.kron_mixture(x, *factors, self.shapes)
+def dequantize(N: int, K: int, quick: bool) -> Timings:
+    """NF4 to bf16."""
+    layer = with_moka(linear4bit(N, K))
+    (w4, mixture), weight = operands(layer), layer.base_layer.weight
+    yield 0, cold_calls({
+        "bitsandbytes": lambda: bnb.functional.dequantize_4bit(weight.data, weight.quant_state),
+        "moka base": lambda: w4.dequantize(DTYPE),
+        "moka op": lambda: w4.dequantize(DTYPE, mixture),
+    })  # fmt: skip
 
 
-def lora(layer, rank):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q = layer.bnb
+def training(N: int, K: int, quick: bool, tokens: int = 4096) -> Timings:
+    """Forward and backward of one layer."""
+    base, adapted = dense(N, K), with_moka(linear4bit(N, K))
+    layers: dict[str, nn.Module] = {
+        "frozen bf16": base,
+        "frozen bitsandbytes": adapted.base_layer,
+        "moka": adapted,
+        "plain PyTorch": plain(adapted),
+    }
+    if not quick:
+        layers |= {name: make() for name, make in peft_layers(N, K).items()}
+        layers["LyCORIS LoKr, bf16 base"] = with_lycoris(dense(N, K), 64)
+    timings = time_steps(layers, N, K, tokens)
+    graphs = ("frozen bf16", "frozen bitsandbytes", "moka")
+    yield tokens, timings | time_steps({name: layers[name] for name in graphs}, N, K, tokens, graph=True)
 
-        def forward(self, x):
-            return self.q(x)
 
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q"], lora_dropout=0.0)
-    model = peft.get_peft_model(Model(), config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPE)
-    return model
+def compiled(N: int, K: int, quick: bool, tokens: int = 4096) -> Timings:
+    """The mixture in plain PyTorch under torch.compile; compiling takes most of the time."""
+    torch._dynamo.reset()
+    layer = torch.compile(plain(with_moka(linear4bit(N, K))), dynamic=False)
+    yield tokens, time_steps({"plain PyTorch, compiled": layer}, N, K, tokens)
 
 
-def training_rows(N, K, quick, tokens=4096):
-    layer = Layer(N, K)
+def time_steps(
+    layers: dict[str, nn.Module], N: int, K: int, tokens: int, graph: bool = False
+) -> dict[str, Timing]:
+    """Forward and backward of each; a layer that fails is reported and left out."""
     x = torch.randn(tokens, K, device="cuda", dtype=DTYPE, requires_grad=True)
     dy = torch.randn(tokens, N, device="cuda", dtype=DTYPE)
-
-    def step(f):
-        def run():
-            x.grad = layer.A.grad = layer.B.grad = layer.alpha.grad = None
-            f(x).backward(dy)
-
-        return microseconds(run)
-
-    yield "frozen bf16", step(lambda x: linear(x, layer.dense))
-    yield "frozen bitsandbytes", step(layer.bnb)
-    yield "moka", step(layer.moka)
-    if not quick:
-        yield "plain PyTorch", step(layer.plain)
-        torch._dynamo.reset()
-        yield "plain PyTorch, compiled", step(torch.compile(layer.plain))
-        for rank in (16, 64):
-            yield f"peft LoRA r={rank}", step(lora(Layer(N, K), rank))
-
-
-def forward_rows(N, K, tokens):
-    layer = Layer(N, K)
-    x = torch.randn(tokens, K, device="cuda", dtype=DTYPE)
-    yield "cuBLAS bf16", microseconds(lambda: linear(x, layer.dense))
-    yield "bitsandbytes", microseconds(lambda: layer.bnb(x))
-    yield "moka, base", microseconds(lambda: functional.nf4_linear(x, layer.w4))
-    yield "moka", microseconds(lambda: layer.moka(x))
+    calls: dict[str, Call] = {}
+    leaves: list[Tensor] = [x]
+    for name, layer in layers.items():
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        try:
+            if graph:
+                graph_of = capture([lambda m=layer, t=trained: torch.autograd.grad(m(x), (x, *t), dy)])
+                calls[f"{name}, graph"] = graph_of.replay
+                continue
+            layer(x).backward(dy)
+        except Exception as error:  # a peer that does not run here must not end the run
+            print(f"{name}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+            continue
+        calls[name] = lambda m=layer: m(x).backward(dy)
+        leaves += trained
+    return cold_calls(calls, leaves, seconds=0.5)
 
 
-def dequantize_rows(N, K):
-    layer = Layer(N, K)
-    w, mix = layer.w4, (layer.A, layer.B, layer.alpha, flatten_shapes(layer.shapes))
-    state = layer.bnb.weight.quant_state
-    yield "bitsandbytes", microseconds(lambda: bnb.functional.dequantize_4bit(layer.bnb.weight.data, state))
-    yield "moka, base", microseconds(lambda: w.dequantize(DTYPE))
-    yield "moka", microseconds(lambda: torch.ops.moka.nf4_dequantize(*w.op_args(), DTYPE, *mix))
+SECTIONS = {f.__name__: f for f in (decode, forward, dequantize, training, compiled)}
 
 
-def decode_rows(N, K, layers, tokens):
-    x = torch.randn(tokens, K, device="cuda", dtype=DTYPE)
-    yield "cuBLAS bf16", graph_microseconds([lambda y=y: linear(x, y.dense) for y in layers])
-    yield "bitsandbytes", graph_microseconds([lambda y=y: y.bnb(x) for y in layers])
-    yield "moka, base", graph_microseconds([lambda y=y: functional.nf4_linear(x, y.w4) for y in layers])
-    yield "moka", graph_microseconds([lambda y=y: y.moka(x) for y in layers])
-
-
-def main(path, quick):
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
-    about = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "bitsandbytes": bnb.__version__,
-        "peft": peft.__version__, "commit": commit, "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-    }  # fmt: skip
-    with Path(path).open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["kind", "N", "K", "tokens", "what", "microseconds", *about])
-
-        def write(kind, N, K, tokens, rows):
-            for what, value in rows:
-                writer.writerow([kind, N, K, tokens, what, f"{value:.2f}", *about.values()])
-                file.flush()
-                print(f"{kind:10} {N:6} x {K:6} {tokens:6}  {what:26} {value:10.2f} us", flush=True)
-
-        for (N, K), copies in LAYERS.items():
-            write("training", N, K, 4096, training_rows(N, K, quick))
-            with torch.no_grad():
-                write("dequantize", N, K, 0, dequantize_rows(N, K))
-                for tokens in (512, 4096) if quick else (512, 4096, 16384):
-                    write("forward", N, K, tokens, forward_rows(N, K, tokens))
-                layers = [Layer(N, K) for _ in range(copies)]
-                for tokens in (1, 16) if quick else (1, 4, 8, 16, 32, 64):
-                    write("decode", N, K, tokens, decode_rows(N, K, layers, tokens))
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    options.add_argument("folder", type=Path)
+    options.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    options.add_argument("--quick", action="store_true", help="fewer sizes and peers, one layer")
+    args = options.parse_args()
+    torch.manual_seed(0)
+    about = facts("peft", "lycoris-lora", "triton") | ceilings()
+    for section in args.only:
+        began = time.perf_counter()
+        table = Table(args.folder / f"cuda_{section}.csv", about)
+        for N, K in list(COPIES)[: 1 if args.quick else None]:
+            with torch.set_grad_enabled(section in ("training", "compiled")):
+                for tokens, timings in SECTIONS[section](N, K, args.quick):
+                    for what, t in timings.items():
+                        us = {
+                            f"{p}us": round(1e3 * getattr(t, f"{n}_ms"), 2)
+                            for p, n in (("", "median"), ("p20_", "p20"), ("p80_", "p80"))
+                        }
+                        table.add(section=section, N=N, K=K, tokens=tokens, what=what, **us)
+            torch.cuda.empty_cache()
+        print(f"{section}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--quick" in sys.argv)
+    main()

@@ -1,13 +1,16 @@
 #!/bin/sh
-# On a machine with a GPU: build, test, look for memory errors and races, time. Results go to the folder $1.
-set -eu
-out=${1:?usage: run_cuda.sh RESULTS_FOLDER}
-mkdir -p "$out"
-python3 setup.py build_ext --inplace
-python3 -m pytest -q -m cuda tests
-small="small_mixtures and both_orders or identities and not opcheck and not compile"
-for tool in memcheck racecheck initcheck synccheck; do
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-    python3 -m pytest -q -m cuda tests/test_cuda.py -k "$small"
-done
-python3 benchmarks/bench_cuda.py "$out/cuda.csv"
+# Every GPU benchmark, about four minutes on an H200; the CSVs go to the folder $1. With a second argument, a model
+# that `moka train` takes, and a third, a .jsonl file, training parity as well. UNSLOTH_PATH: where to find Unsloth, if
+# it is not installed beside the rest.
+set -u
+out=$(realpath "${1:?usage: run_cuda.sh RESULTS_FOLDER [MODEL DATA]}")
+here=$(dirname "$0")
+failed=
+run() { echo "== $*"; python3 "$here/$@" || failed="$failed $1"; }
+run bench_cuda.py "$out"
+run bench_model.py "$out"
+run profile_cuda.py "$out"
+[ $# -lt 3 ] || run parity.py "$2" "$3" "$out"
+export PYTHONPATH="${PYTHONPATH:-}:${UNSLOTH_PATH:-}"
+run bench_unsloth.py "$out"
+[ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

@@ -9,32 +9,19 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key 
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import tables_cuda
+from table_format import Rows, markdown, number, read
+
 from moka.shapes import KronShape, plan_shapes
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 LEFT_OUT = ("4",)  # token counts that are in the CSV alone, to keep README short
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-Rows = list[dict[str, str]]
-
-
-def read(name: str) -> Rows:
-    """The rows of one CSV."""
-    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    header = list(header)
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
 
 
 def layer_table(op: str, variants: dict[str, str]) -> str:
@@ -124,12 +111,6 @@ def parameters_table() -> str:
     return markdown(["q and v projections", "MoKA, r = 10", "MoKA_s, r = 10", "LoRA, r = 16"], lines)
 
 
-def number(text: str) -> str:
-    """Three significant digits, without an exponent."""
-    value = float(text)
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.4f}"
-
-
 def machine(rows: Rows) -> str:
     """Where the rows were measured, as a line below the table."""
     row = rows[0]
@@ -165,6 +146,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops": ops_table,
     "parameters": parameters_table,
     "train": train_table,
+    **tables_cuda.TABLES,
 }
 
 

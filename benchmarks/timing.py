@@ -69,10 +69,11 @@ def measure(
                 samples[name].append(1e3 * clock(variants[name], counter + 1, n))
             counter += n + 1
         rounds += 1
-    return {name: _summary(samples[name]) for name in names}
+    return {name: summary(samples[name]) for name in names}
 
 
-def _summary(samples: list[float]) -> Timing:
+def summary(samples: list[float]) -> Timing:
+    """Median and spread of times in milliseconds."""
     p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
     return Timing(statistics.median(samples), p20, p80, len(samples))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,16 +32,38 @@ def plot_loss(history: Sequence[dict[str, float]], path: str | os.PathLike, smoo
     """
     steps = [entry["step"] for entry in history]
     losses = [entry["loss"] for entry in history]
-    means = [sum(losses[max(0, i - smooth + 1) : i + 1]) / min(i + 1, smooth) for i in range(len(losses))]
     figure = _figure(7, 4)
-    axes = figure.add_subplot()
+    axes = _loss_axes(figure)
     axes.plot(steps, losses, color="0.75", linewidth=1, label="each step")
-    axes.plot(steps, means, color="C0", linewidth=2, label=f"mean of {smooth} steps")
+    axes.plot(steps, _means(losses, smooth), color="C0", linewidth=2, label=f"mean of {smooth} steps")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_losses(curves: Mapping[str, Sequence[float]], path: str | os.PathLike, smooth: int = 10) -> None:
+    """Losses of several runs against the step, each the mean over the last `smooth` steps.
+
+    Args:
+        curves: name -> loss of each step, from step 1 on.
+    """
+    figure = _figure(7, 4)
+    axes = _loss_axes(figure)
+    for (name, losses), style in zip(curves.items(), itertools.cycle(("-", "--", ":"))):
+        axes.plot(range(1, len(losses) + 1), _means(losses, smooth), style, linewidth=2, label=name)
+    axes.legend(title=f"mean of {smooth} steps")
+    figure.savefig(path, dpi=120)
+
+
+def _means(losses: Sequence[float], smooth: int) -> list[float]:
+    return [sum(losses[max(0, i - smooth + 1) : i + 1]) / min(i + 1, smooth) for i in range(len(losses))]
+
+
+def _loss_axes(figure: Any) -> Any:
+    axes = figure.add_subplot()
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per answer token)")
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    return axes
 
 
 @torch.no_grad()

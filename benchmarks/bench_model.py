@@ -1,0 +1,152 @@
+"""A whole training step on one GPU: Llama-3-8B's shape cut to 8 layers, 4 x 1024 tokens, beside peers.
+
+    python benchmarks/bench_model.py FOLDER [--layers 8] [--steps 8] [--only TEXT ...]
+
+Forward and backward, no optimizer, no checkpointing, sdpa attention, random weights; every row has a model of
+its own. The embeddings' output requires a gradient in every row, so that each computes all of dx. Times are
+wall-clock medians, host included. Every row runs without and with Liger's kernels (RMSNorm, rotary embedding,
+SwiGLU, fused linear cross entropy), which patch transformers for the rest of the process and so come second.
+
+Writes FOLDER/model.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import torch
+from cuda_timing import Table, ceilings, facts, steps
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import moka
+
+BATCH, LENGTH = 4, 1024
+QV = ["q_proj", "v_proj"]
+
+
+def config(layers: int) -> LlamaConfig:
+    """Llama-3-8B with fewer layers."""
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, use_cache=False,
+        attn_implementation="sdpa", torch_dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def dense(layers: int) -> Any:
+    """The model in bf16, frozen."""
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(config(layers))
+    finally:
+        torch.set_default_dtype(default)
+    return model.requires_grad_(False).train()
+
+
+def bitsandbytes(layers: int) -> Any:
+    """The model with its linear layers, but for the output's, in bitsandbytes' NF4."""
+    model = dense(layers)
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or path == "lm_head":
+            continue
+        shape = module.in_features, module.out_features
+        layer = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.cuda())
+    return model
+
+
+def lora(model: Any, targets: Any, r: int) -> Any:
+    """peft's QLoRA, adapters in bf16."""
+    adapter = peft.LoraConfig(r=r, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, adapter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def mixture(model: Any, targets: Any) -> Any:
+    """moka, r = 10."""
+    return moka.inject(model, moka.MokaConfig(target_modules=targets, r=10))
+
+
+ROWS: dict[str, Callable[[int], Any]] = {
+    "frozen bf16": dense,
+    "frozen NF4, bitsandbytes": bitsandbytes,
+    "frozen NF4, moka": lambda n: moka.quantize(dense(n)),
+    "peft QLoRA, q and v, r=64": lambda n: lora(bitsandbytes(n), QV, 64),
+    "peft QLoRA, all linear, r=16": lambda n: lora(bitsandbytes(n), "all-linear", 16),
+    "moka, q and v, bitsandbytes base": lambda n: mixture(bitsandbytes(n), QV),
+    "moka, q and v, moka base": lambda n: mixture(moka.quantize(dense(n)), QV),
+    "moka, all linear, bitsandbytes base": lambda n: mixture(bitsandbytes(n), "all-linear"),
+    "moka, all linear, moka base": lambda n: mixture(moka.quantize(dense(n)), "all-linear"),
+}
+
+
+def measure(model: Any, vocabulary: int, count: int) -> dict[str, Any]:
+    """Time, memory and size of one model's training step."""
+    model.enable_input_require_grads()
+    ids = torch.randint(0, vocabulary, (BATCH, LENGTH), device="cuda")
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        for parameter in trained:
+            parameter.grad = None
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    torch.cuda.reset_peak_memory_stats()
+    t = steps(step, count)
+    return {
+        "ms": round(t.median_ms, 2), "p20_ms": round(t.p20_ms, 2), "p80_ms": round(t.p80_ms, 2),
+        "tokens_s": round(BATCH * LENGTH / t.median_ms * 1e3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "trained": sum(p.numel() for p in trained),
+    }  # fmt: skip
+
+
+def release() -> None:
+    """Gives back the memory of models no longer in use."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    options.add_argument("folder", type=Path)
+    options.add_argument("--layers", type=int, default=8)
+    options.add_argument("--steps", type=int, default=8, help="timed steps of each row")
+    options.add_argument("--only", nargs="+", default=[""], help="rows whose name holds one of these")
+    options.add_argument("--liger", choices=("both", "no", "yes"), default="both")
+    args = options.parse_args()
+    about = facts("peft", "transformers", "liger-kernel", "triton") | ceilings()
+    table = Table(args.folder / "model.csv", about)
+    for liger in {"both": (False, True), "no": (False,), "yes": (True,)}[args.liger]:
+        if liger:
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama()
+        for name, make in ROWS.items():
+            if not any(text in name for text in args.only):
+                continue
+            model = make(args.layers)
+            with torch.cuda.nvtx.range(name):
+                figures = measure(model, 128000, args.steps)
+            table.add(run=name, liger=int(liger), layers=args.layers, tokens=BATCH * LENGTH, **figures)
+            del model
+            release()
+
+
+if __name__ == "__main__":
+    main()
