@@ -15,6 +15,7 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import results  # noqa: E402
+import table_format  # noqa: E402
 import tables  # noqa: E402
 import timing  # noqa: E402
 
@@ -101,7 +102,7 @@ def layer_csv(tmp_path, monkeypatch):
         results.Row(**facts, variant="moka-auto", median_ms=1.8, ratio=1.2),
     ]
     results.write(rows, tmp_path / "layer.csv")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(table_format, "RESULTS", tmp_path)
 
 
 def test_tables_come_from_the_csv(layer_csv):
