@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from cuda_peers import DTYPE, linear4bit, operands, with_moka
 from cuda_timing import Table, facts
 
 from moka import functional, nf4
@@ -44,6 +43,8 @@ METRICS = {
 
 def operations() -> dict[str, Callable[[], object]]:
     """Name -> what is profiled; the first two are the ceilings."""
+    from cuda_peers import DTYPE, linear4bit, operands, with_moka  # the profiling process needs no peers
+
     a = torch.randn(1 << 31, dtype=DTYPE, device="cuda")
     b, square = torch.empty_like(a), a[: 1 << 26].view(8192, 8192)
     w4, mixture = operands(with_moka(linear4bit(SIZE, SIZE)))
@@ -86,22 +87,34 @@ def work() -> None:
     torch.cuda.profiler.stop()
 
 
-def kernels() -> Iterator[tuple[str, str, dict[str, float]]]:
-    """(operation, kernel, metrics) of each launch, from ncu's CSV."""
+def run_ncu() -> str:
+    """ncu's CSV of all launches of `work`."""
     command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
     command += ["--nvtx", "--profile-from-start", "off", "--metrics", ",".join(METRICS.values())]
     done = subprocess.run([*command, *child()], capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
+    if '"Kernel Name"' not in done.stdout:
         sys.exit(f"ncu printed no table:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    table = list(csv.DictReader(lines[start:]))[1:]  # the first row holds the units
-    for row in table:
+    return done.stdout
+
+
+def kernels(text: str) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(operation, kernel, metrics) of each launch in ncu's CSV, which follows what the program printed."""
+    for row in csv.DictReader(text[text.index('"ID"') :].splitlines()):
+        if not row["ID"].isdigit():
+            continue  # units, messages
         ranges = " ".join(value for key, value in row.items() if key and "Push/Pop" in key and value)
         operation = re.sub(r"^<default domain>:|(:none)+$", "", ranges.strip('" '))
-        name = re.sub(r"[<(].*", "", re.sub(r"^void ", "", row["Kernel Name"])).rpartition("::")[2]
-        values = {key: float((row[metric] or "nan").replace(",", "")) for key, metric in METRICS.items()}
-        yield operation, name, values
+        yield (
+            operation,
+            short_name(row["Kernel Name"]),
+            {key: float(row[metric].replace(",", "")) for key, metric in METRICS.items()},
+        )
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without namespaces, template arguments and parameters."""
+    kernel = re.sub(r"^void |\(anonymous namespace\)::|<unnamed>::|\(int\)|\(bool\)", "", kernel)
+    return re.sub(r"[<(].*", "", kernel).rpartition("::")[2]
 
 
 def systems() -> None:
@@ -128,7 +141,7 @@ def main() -> None:
         return work()
     if args.folder is None:
         options.error("folder is missing")
-    launches = list(kernels())
+    launches = list(kernels(run_ncu()))
     copy, matmul = (
         max((m for operation, _, m in launches if operation == name), key=lambda m: m["ns"])
         for name in ("copy", "matmul")

@@ -10,6 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import profile_cuda  # noqa: E402
 import table_format  # noqa: E402
 import tables_cuda  # noqa: E402
 
@@ -71,6 +72,19 @@ def test_parity_is_relative_to_plain_pytorch(results):
     write(results, "parity.csv", [row | {"path": path, "last_loss": loss} for path, loss in paths.items()])
     lines = tables_cuda.parity_table().splitlines()
     assert lines[2] == "| merged | 3.25 | 1.0100 | +1.00 | 2.0000 | +0.00 | 9.9 |"
+
+
+def test_profile_reads_ncu(results):
+    """Launches are told from units and messages, and carry the range that they ran in."""
+    span = "thread Domain:Push/Pop_Range:PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg"
+    columns = ["ID", "Kernel Name", span, *profile_cuda.METRICS.values()]
+    kernel = "void moka::cuda::<unnamed>::build_kernel<(int)4, float>(moka::Args)"
+    launch = ["0", kernel, "<default domain>:dequantize:none:none:none:none:none:none"]
+    lines = [columns, ["", "", "", *["ns"] * 6], [*launch, "2,000", "3,000", "1,000", "50", "25", "64"]]
+    text = "".join(",".join(f'"{cell}"' for cell in line) + "\n" for line in lines)
+    (found,) = profile_cuda.kernels(f"==PROF== Connected\n{text}==PROF== Disconnected\n")
+    assert found[:2] == ("dequantize", "build_kernel")
+    assert found[2] == {"ns": 2000, "read": 3000, "written": 1000, "tensor": 50, "issue": 25, "registers": 64}
 
 
 @pytest.mark.cuda
