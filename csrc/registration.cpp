@@ -1,4 +1,5 @@
-// Every operator schema, once. Each backend registers its kernels in csrc/ops/<op>_<backend>.
+// Every operator schema, once. Each backend registers its kernels in csrc/ops/<op>_<backend>, gradients are in
+// csrc/autograd.cpp.
 //
 // Argument groups used below:
 //   NF4 weight  packed, absmax [, absmax2, code2, offset], blocksize, blocksize2, N, K   (kernels/params.h)
@@ -23,6 +24,9 @@ TORCH_LIBRARY(moka, m) {
       "nf4_linear(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, "
       "int blocksize, int blocksize2, int N, int K, Tensor? bias, "
       "Tensor? A, Tensor? B, Tensor? alpha, int[] shapes, bool transpose, str path) -> Tensor");
+  m.def(
+      "dense_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor alpha, int[] shapes, str path) "
+      "-> Tensor");
   m.def("kron_add(Tensor weight, Tensor A, Tensor B, Tensor alpha, int[] shapes) -> Tensor");
   m.def(
       "kron_mix(Tensor x, Tensor A, Tensor B, Tensor alpha, int[] shapes, bool transpose, Tensor? add) -> "
@@ -30,6 +34,8 @@ TORCH_LIBRARY(moka, m) {
   m.def(
       "kron_mix_grad(Tensor x, Tensor grad_y, Tensor A, Tensor B, Tensor alpha, int[] shapes, "
       "bool need_A, bool need_B, bool need_alpha) -> (Tensor grad_A, Tensor grad_B, Tensor grad_alpha)");
+  m.def("gate(Tensor logits, float scale) -> Tensor alpha");
+  m.def("gate_grad(Tensor alpha, Tensor grad_alpha, float scale) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -11,17 +11,15 @@ The gradients (`G = dY^T X` is never formed in full):
     dx = W^T dy + sum_i alpha_i (A_i^T kron B_i^T) dy        dA_i = alpha_i sum_t dY_t B_i X_t^T
     d alpha_i = <dA_i, A_i> / alpha_i                        dB_i = alpha_i sum_t dY_t^T A_i X_t
 
-They are first-order only: differentiating a gradient again raises an error.
+They are first-order only: differentiating a gradient again raises an error. `csrc/autograd.cpp` has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError
 from .nf4 import NF4Weight
@@ -29,6 +27,7 @@ from .ops import require_native
 from .shapes import flatten_shapes
 
 PATHS = ("auto", "merged", "factored")
+NO_MIXTURE = (None, None, None, ())
 Shapes = Sequence[Sequence[int]]
 
 
@@ -51,7 +50,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         >>> moka.functional.nf4_linear(torch.randn(5, 64), w4).shape
         torch.Size([5, 32])
     """
-    return _apply(x, weight.op_args(), bias, None, "auto")
+    return linear(x, weight.op_args(), bias, NO_MIXTURE, "auto")
 
 
 def kron_mixture(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Shapes) -> Tensor:
@@ -73,7 +72,7 @@ def kron_mixture(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Shapes)
         >>> y.shape
         torch.Size([5, 4])
     """
-    return _apply(x, (), None, (A, B, alpha, shapes), "factored")
+    return linear(x, (), None, (A, B, alpha, flatten_shapes(shapes)), "factored")
 
 
 def moka_linear(
@@ -103,13 +102,14 @@ def moka_linear(
     """
     if path not in PATHS:
         raise ConfigError(f"path: got {path!r}, expected one of {PATHS}")
-    if isinstance(weight, NF4Weight):
-        return _apply(x, weight.op_args(), bias, (A, B, alpha, shapes), path)
-    if weight.requires_grad:
-        raise ConfigError(
-            "weight: the base of an adapted layer gets no gradient; call weight.requires_grad_(False)"
-        )
-    return _apply(x, (weight,), bias, (A, B, alpha, shapes), path)
+    base = weight.op_args() if isinstance(weight, NF4Weight) else (weight,)
+    return linear(x, base, bias, (A, B, alpha, flatten_shapes(shapes)), path)
+
+
+def softmax_gate(logits: Tensor, scale: float) -> Tensor:
+    """`scale * softmax(logits)`, `[r]`, at least in fp32: the `alpha` of a mixture; differentiable."""
+    require_native()
+    return torch.ops.moka.gate.default(logits, scale)
 
 
 def kron_add(weight: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Shapes) -> Tensor:
@@ -126,70 +126,22 @@ def kron_add(weight: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Shapes
     return torch.ops.moka.kron_add(weight.detach(), A, B, alpha, flatten_shapes(shapes))
 
 
-def _apply(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple | None, path: str) -> Tensor:
+def linear(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: str) -> Tensor:
+    """What the functions above share, with the operators' own arguments.
+
+    Args:
+        x, bias, path: as for `moka_linear`.
+        base: `NF4Weight.op_args()`, `(weight,)` or `()`.
+        mixture: A, B, alpha and flat shapes, or `NO_MIXTURE`.
+    """
     require_native()
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    A, B, alpha, shapes = mixture if mixture is not None else (None, None, None, ())
-    return _MokaLinear.apply(x, bias, A, B, alpha, flatten_shapes(shapes), path, *base)  # pyright: ignore
-
-
-def _forward(
-    x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: str, transpose: bool
-) -> Tensor:
-    """`W x + b + mixture(x)`, transposed on request; base: the NF4 arguments, `(weight,)` or `()`."""
     if len(base) > 1:
-        return torch.ops.moka.nf4_linear(x, *base, bias, *mixture, transpose, path)
-    y = None
-    if base:
-        weight = base[0].to(x.dtype)
-        if path == "merged":
-            weight = torch.ops.moka.kron_add(weight, *mixture)
-        bias = bias if bias is None else bias.to(x.dtype)
-        y = x @ weight if transpose else torch.nn.functional.linear(x, weight, bias)
-        if path == "merged":
-            return y
-    return torch.ops.moka.kron_mix(x, *mixture, transpose, y)
-
-
-class _MokaLinear(torch.autograd.Function):
-    """Base and mixture, forward and backward; every public function of this module goes through it."""
-
-    @staticmethod
-    def forward(ctx: Any, x, bias, A, B, alpha, shapes, path, *base):
-        ctx.shapes, ctx.path, ctx.base_is_tensor = shapes, path, [isinstance(b, Tensor) for b in base]
-        ctx.base = [None if isinstance(b, Tensor) else b for b in base]
-        # x is needed for the gradients of the mixture alone: a frozen layer keeps no activation alive
-        keep_x = x if any(ctx.needs_input_grad[2:5]) else None
-        ctx.save_for_backward(keep_x, A, B, alpha, *(b for b in base if isinstance(b, Tensor)))
-        return _forward(x, base, bias, (A, B, alpha, shapes), path, transpose=False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads):
-        (grad_y,) = grads
-        x, A, B, alpha, *tensors = ctx.saved_tensors
-        need_x, need_bias, need_A, need_B, need_alpha = ctx.needs_input_grad[:5]
-        grad_x = grad_bias = grad_A = grad_B = grad_alpha = None
-        if need_x:
-            saved = iter(tensors)
-            base = tuple(
-                next(saved) if is_tensor else b
-                for is_tensor, b in zip(ctx.base_is_tensor, ctx.base, strict=True)
-            )
-            grad_x = _forward(grad_y, base, None, (A, B, alpha, ctx.shapes), ctx.path, transpose=True)
-        if need_bias:
-            grad_bias = grad_y.flatten(0, -2).sum(0)
-        if need_A or need_B or need_alpha:
-            grad_A, grad_B, grad_alpha = torch.ops.moka.kron_mix_grad(
-                x, grad_y, A, B, alpha, ctx.shapes, need_A, need_B, need_alpha
-            )
-        return (
-            grad_x,
-            grad_bias,
-            grad_A if need_A else None,
-            grad_B if need_B else None,
-            grad_alpha if need_alpha else None,
-            *(None,) * (2 + len(ctx.base)),
+        return torch.ops.moka.nf4_linear.default(x, *base, bias, *mixture, False, path)
+    if base and base[0].requires_grad:
+        raise ConfigError(
+            "weight: the base of an adapted layer gets no gradient; call weight.requires_grad_(False)"
         )
+    return torch.ops.moka.dense_linear.default(x, *(base or (None,)), bias, *mixture, path)

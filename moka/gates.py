@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import functional
+
 #: softmax: positive, sums to 1. linear: any real number. none: fixed at 1/r.
 GATES = ("softmax", "linear", "none")
 
@@ -18,9 +20,15 @@ def uniform_logit(kind: str, r: int) -> float:
     return 0.0 if kind == "softmax" else 1.0 / r
 
 
-def gate_values(kind: str, logits: Tensor | None, r: int, device: torch.device | None = None) -> Tensor:
-    """The gate `[r]` in fp32 (fp64 for fp64 logits), differentiable in `logits`."""
+def scaled_gate(
+    kind: str, logits: Tensor | None, scale: float, r: int, device: torch.device | None = None
+) -> Tensor:
+    """`scale` times the gate, `[r]` in fp32 (fp64 for fp64 logits), differentiable in `logits`."""
     if logits is None:
-        return torch.full((r,), 1.0 / r, dtype=torch.float32, device=device)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.softmax(0) if kind == "softmax" else logits
+        return torch.full((r,), scale / r, dtype=torch.float32, device=device)
+    return functional.softmax_gate(logits, scale) if kind == "softmax" else scale * at_least_fp32(logits)
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is when it is fp32 or fp64 already."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from . import bases, functional, reference
 from .bases import NF4Linear
 from .config import MokaConfig
 from .errors import ConfigError, StateError
-from .gates import gate_values, uniform_logit
+from .gates import at_least_fp32, scaled_gate, uniform_logit
 from .init import init_factors_
 from .nf4 import NF4Weight
-from .shapes import KronShape
+from .shapes import KronShape, flatten_shapes
 
 __all__ = ["MergedBase", "MokaLinear", "NF4Linear", "TrainedCopy", "delta_weight"]
 
@@ -130,27 +131,33 @@ class MokaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`, in the dtype the base layer would return."""
-        names = [name for name in self.active_adapters if name not in self.merged_adapters]
+        names = self.active_adapters
+        if self.merged_adapters:
+            names = [name for name in names if name not in self.merged_adapters]
         if self.disable_adapters or not names:
             return self._base_forward(x)
-        if self.moka_A[names[0]].is_meta and not x.is_meta:
-            raise StateError(
-                f"adapter {names[0]!r} is on the meta device; give it values with model.to_empty(device=...) "
-                f"and reset_adapter on each layer, or with moka.load_adapter"
-            )
-        inputs = x.to(bases.compute_dtype(self.base_layer, x))
+        base = self.base_layer
+        dtype = bases.compute_dtype(base, x)
+        inputs = x if dtype == x.dtype else x.to(dtype)
         if self.training and any(self.configs[name].dropout for name in names):
             # the mixture then sees another input than the base: factored, one adapter at a time
-            y = self.base_layer(x)
+            y = base(x)
             for name in names:
                 dropped = nn.functional.dropout(inputs, self.configs[name].dropout)
                 y = y + functional.kron_mixture(dropped, *self.mixture([name], gate_dropout=True)).to(y.dtype)
             return y
-        bias = self.bias if self.bias is None else self.bias.to(inputs.dtype)
-        path = self.configs[names[0]].path
-        mixture = self.mixture(names, gate_dropout=self.training)
-        y = functional.moka_linear(inputs, self.base_weight(), bias, *mixture, path)
-        return y.to(x.dtype) if bases.is_linear4bit(self.base_layer) else y
+        *factors, shapes = self.mixture(names, gate_dropout=self.training)
+        if factors[0].is_meta and not x.is_meta:
+            raise StateError(
+                f"adapter {names[0]!r} is on the meta device; give it values with model.to_empty(device=...) "
+                f"and reset_adapter on each layer, or with moka.load_adapter"
+            )
+        bias: Any = base.bias
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        mixture = (*factors, flatten_shapes(shapes))
+        y = functional.linear(inputs, bases.op_args(base), bias, mixture, self.configs[names[0]].path)
+        return y if y.dtype == x.dtype or not bases.is_linear4bit(base) else y.to(x.dtype)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         weight = getattr(self.base_layer, "weight", x)
@@ -162,27 +169,24 @@ class MokaLinear(nn.Module):
         self, names: Sequence[str], gate_dropout: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, tuple[KronShape, ...]]:
         """(A, B, alpha, shapes) of several adapters as one mixture, as the operators take it."""
-        As, Bs, alphas = [], [], []
-        shapes: tuple[KronShape, ...] = ()
+        parts = []
         for name in names:
             alpha = self.alpha(name)
             if gate_dropout and self.configs[name].gate_dropout:
                 alpha = nn.functional.dropout(alpha, self.configs[name].gate_dropout)
             # the operators read fp32 factors beside any activations, and 64-bit ones for exact gradients
-            dtype = torch.promote_types(self.moka_A[name].dtype, torch.float32)
-            As.append(self.moka_A[name].to(dtype))
-            Bs.append(self.moka_B[name].to(dtype))
-            alphas.append(alpha)
-            shapes += self.shapes[name]
+            parts.append((at_least_fp32(self.moka_A[name]), at_least_fp32(self.moka_B[name]), alpha))
         if len(names) == 1:
-            return As[0], Bs[0], alphas[0], shapes
-        return torch.cat(As), torch.cat(Bs), torch.cat(alphas), shapes
+            return *parts[0], self.shapes[names[0]]
+        A, B, alpha = (torch.cat(part) for part in zip(*parts, strict=True))
+        return A, B, alpha, tuple(shape for name in names for shape in self.shapes[name])
 
     def alpha(self, name: str) -> Tensor:
         """scale * gate, `[r]` fp32: what multiplies each component."""
-        logits = self.moka_gate.get(name, None)
-        r, device = len(self.shapes[name]), self.moka_A[name].device
-        return self.scaling[name] * gate_values(self.configs[name].gate, logits, r, device)
+        kind = self.configs[name].gate
+        logits = None if kind == "none" else self.moka_gate[name]
+        device = self.moka_A[name].device if logits is None else None
+        return scaled_gate(kind, logits, self.scaling[name], len(self.shapes[name]), device)
 
     def factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """`(A_i [ma, na], B_i [mb, nb])` of each component: views of the parameters, identities explicit."""

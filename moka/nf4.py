@@ -67,6 +67,12 @@ class NF4Weight:
         tensors = (self.packed, self.absmax, self.absmax2, self.code2, self.offset)
         return (*tensors, self.blocksize, self.blocksize2, *self.shape)
 
+    @classmethod
+    def from_op_args(cls, args: tuple, dtype: torch.dtype) -> NF4Weight:
+        """The weight that `op_args` describes."""
+        packed, absmax, absmax2, code2, offset, blocksize, blocksize2, *shape = args
+        return cls(packed, absmax, tuple(shape), blocksize, absmax2, code2, offset, blocksize2, dtype)
+
     def to(self, device: torch.device | str) -> NF4Weight:
         """The same weight on another device."""
         moved = {
@@ -165,8 +171,18 @@ def from_bitsandbytes(layer: torch.nn.Module) -> NF4Weight:
     Example:
         >>> w4 = moka.nf4.from_bitsandbytes(model.lm_head)      # doctest: +SKIP
     """
+    args = bitsandbytes_args(layer)
+    return NF4Weight.from_op_args(args, _quant_state(layer, layer.weight).dtype)
+
+
+def _quant_state(layer: Any, weight: Any) -> Any:
+    return getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+
+
+def bitsandbytes_args(layer: torch.nn.Module) -> tuple:
+    """`from_bitsandbytes(layer).op_args()`, without making the object: each forward needs them."""
     weight: Any = layer.weight
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    state = _quant_state(layer, weight)
     if state is None:
         raise StateError(
             "the Linear4bit layer holds no quantized weight yet; move it to a device first, e.g. "
@@ -182,14 +198,7 @@ def from_bitsandbytes(layer: torch.nn.Module) -> NF4Weight:
     if len(state.shape) != 2:
         raise StateError(f"the quantized weight has shape {tuple(state.shape)}, expected a matrix [N, K]")
     second = state.state2 if state.nested else None
-    return NF4Weight(
-        packed=weight.data,
-        absmax=state.absmax,
-        shape=(state.shape[0], state.shape[1]),
-        blocksize=state.blocksize,
-        absmax2=second.absmax if second else None,
-        code2=second.code if second else None,
-        offset=state.offset if second else None,
-        blocksize2=second.blocksize if second else BLOCKSIZE2,
-        dtype=state.dtype,
-    )
+    if second is None:
+        return weight.data, state.absmax, None, None, None, state.blocksize, BLOCKSIZE2, *state.shape
+    levels = state.absmax, second.absmax, second.code, state.offset
+    return weight.data, *levels, state.blocksize, second.blocksize, *state.shape

@@ -60,6 +60,14 @@ def _register_fakes() -> None:
         grads = ((A, need_A), (B, need_B), (alpha, need_alpha))
         return tuple(t.new_empty(t.shape if need else (0,)) for t, need in grads)
 
+    @torch.library.register_fake("moka::gate")
+    def _(logits, scale):
+        return logits.new_empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.library.register_fake("moka::gate_grad")
+    def _(alpha, grad_alpha, scale):
+        return torch.empty_like(alpha)
+
 
 if _load_error is None:
     _register_fakes()

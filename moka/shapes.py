@@ -62,7 +62,7 @@ class KronShape(NamedTuple):
 
 def flatten_shapes(shapes: Sequence[Sequence[int]]) -> list[int]:
     """The five integers per component that the operators take."""
-    return [field for shape in shapes for field in KronShape(*shape)]
+    return [field for shape in shapes for field in (shape if len(shape) == 5 else KronShape(*shape))]
 
 
 def plan_shapes(

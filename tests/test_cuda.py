@@ -325,3 +325,17 @@ def test_offsets_beyond_32_bits():
     for row in (0, 2**31 // K - 1, 2**31 // K, N - 1):
         part = packed[row * K // 2 : (row + 1) * K // 2], absmax[row * K // 64 : (row + 1) * K // 64]
         assert torch.equal(got[row], reference.nf4_dequantize(*part, 64, (K,), torch.bfloat16))
+
+
+@pytest.mark.parametrize("r", [1, 10, 64])
+def test_gate(r):
+    logits, grad = torch.randn(r), torch.randn(r)
+    alpha = functional.softmax_gate(logits.requires_grad_(), 10.0)
+    torch.testing.assert_close(alpha, 10 * logits.softmax(0))
+    (got,) = torch.autograd.grad(alpha, logits, grad)
+    (want,) = torch.autograd.grad(10 * logits.softmax(0), logits, grad)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert functional.softmax_gate(logits.to(dtype), 2.0).dtype == torch.promote_types(
+            dtype, torch.float32
+        )

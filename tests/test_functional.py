@@ -137,7 +137,7 @@ def test_forward_mode_is_refused():
     A, B, alpha = factors()
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(torch.randn(5, K), torch.randn(5, K))
-        with pytest.raises((NotImplementedError, RuntimeError), match="forward mode AD"):
+        with pytest.raises((NotImplementedError, RuntimeError), match="jvp is not implemented"):
             F.kron_mixture(x, A, B, alpha, SHAPES)
 
 
@@ -231,10 +231,20 @@ def op_cases():
         "nf4_linear": (ops.nf4_linear.default, (x, *double, bias, *none, False, "auto")),
         "nf4_linear merged": (ops.nf4_linear.default, (x, *plain, bias, *mixture, shapes, False, "merged")),
         "nf4_linear dx": (ops.nf4_linear.default, (dy, *plain, None, *mixture, shapes, True, "factored")),
+        "dense_linear": (
+            ops.dense_linear.default,
+            (x, torch.randn(N, K), bias, *mixture, shapes, "factored"),
+        ),
+        "dense_linear merged": (
+            ops.dense_linear.default,
+            (x, torch.randn(N, K), None, *mixture, shapes, "merged"),
+        ),
         "kron_add": (ops.kron_add.default, (torch.randn(N, K), *mixture, shapes)),
         "kron_mix": (ops.kron_mix.default, (x, *mixture, shapes, False, None)),
         "kron_mix dx": (ops.kron_mix.default, (dy, *mixture, shapes, True, torch.randn(5, K))),
         "kron_mix_grad": (ops.kron_mix_grad.default, (x, dy, *mixture, shapes, True, True, True)),
+        "gate": (ops.gate.default, (torch.randn(4), 4.0)),
+        "gate_grad": (ops.gate_grad.default, (torch.rand(4), torch.randn(4), 4.0)),
         "kron_mix_grad A": (ops.kron_mix_grad.default, (x, dy, *mixture, shapes, True, False, False)),
     }
 
