@@ -91,11 +91,34 @@ inline void check_factors(const Mixture& mix, const at::Tensor& A, const at::Ten
   check_factors(mix, A, B, alpha, like.scalar_type(), like, like_name);
 }
 
+// A mixture's arguments, checked against the layer.
+inline Mixture parse_mixture(int64_t N, int64_t K, const at::Tensor& A, const std::optional<at::Tensor>& B,
+                             const std::optional<at::Tensor>& alpha, at::IntArrayRef shapes, at::ScalarType dtype,
+                             const at::Tensor& like, const char* like_name) {
+  TORCH_CHECK_VALUE(B && alpha, "A is given, so B and alpha are needed too");
+  const Mixture mix = parse_shapes(shapes);
+  check_factors(mix, A, *B, *alpha, dtype, like, like_name);
+  TORCH_CHECK_VALUE(mix.N == N && mix.K == K, "shapes: expected products of the weight's ", N, " x ", K, ", got ",
+                    mix.N, " x ", mix.K);
+  return mix;
+}
+
 // A bias is added before the one rounding to x's dtype, so it may be fp32 beside a 16-bit x.
 inline void check_bias(const at::Tensor& bias, int64_t out, const at::Tensor& x) {
   TORCH_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == out, "bias: expected shape [", out, "], got ", bias.sizes());
   check_dtype("bias", bias, {at::kFloat, x.scalar_type()});
   check_device("bias", bias, "x", x);
+}
+
+inline void check_path(c10::string_view path) {
+  TORCH_CHECK_VALUE(path == "auto" || path == "merged" || path == "factored",
+                    "path: expected 'auto', 'merged' or 'factored', got '", path, "'");
+}
+
+// Gradients of the mixture reduce over the tokens that both have.
+inline void check_grad_y(const at::Tensor& grad_y, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 1).equals(grad_y.sizes().slice(0, grad_y.dim() - 1)),
+                    "grad_y: expected the leading sizes of x, ", x.sizes(), ", got ", grad_y.sizes());
 }
 
 inline void check_blocksize(int64_t blocksize) {

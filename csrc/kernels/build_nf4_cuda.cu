@@ -16,6 +16,13 @@ __device__ __forceinline__ int nearest_code(float v) {
   return code;
 }
 
+// Subnormals count as zero, as for rcp.approx.ftz.
+__device__ __forceinline__ float multiply(float a, float b) {
+  float product;
+  asm("mul.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+  return product;
+}
+
 // One warp per block of `blocksize` entries; two entries, one byte, per lane and step.
 template <typename T>
 __global__ void quantize_kernel(const T* w, int64_t numel, int64_t blocksize, uint8_t* packed, float* absmax) {
@@ -33,8 +40,8 @@ __global__ void quantize_kernel(const T* w, int64_t numel, int64_t blocksize, ui
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(largest));
   for (int64_t e = begin + 2 * lane; e < end; e += 2 * kLanes) {
     const float low = e + 1 < end ? to_float(w[e + 1]) : 0.f;
-    // in an all-zero block 0 * inf is NaN, which exceeds no threshold: code 0, as bitsandbytes has it
-    const int first = nearest_code(to_float(w[e]) * inverse), second = nearest_code(low * inverse);
+    // in a block of zeros or subnormals 0 * inf is NaN, which exceeds no threshold: code 0, as bitsandbytes has it
+    const int first = nearest_code(multiply(to_float(w[e]), inverse)), second = nearest_code(multiply(low, inverse));
     packed[e / 2] = static_cast<uint8_t>(first << 4 | second);
   }
 }

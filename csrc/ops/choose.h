@@ -55,8 +55,7 @@ inline Nf4Choice choose_nf4_linear(int64_t M, int64_t N, int64_t K, bool transpo
   constexpr int64_t kFusedTokens = 32, kFusedTokensTransposed = 16, kPanel = 512;
   constexpr double kFactoredGain = 1.6;
   static_assert(kFusedTokens <= kMaxFusedTokens && kFusedTokensTransposed <= kMaxFusedTokens);
-  TORCH_CHECK_VALUE(path == "auto" || path == "merged" || path == "factored",
-                    "path: expected 'auto', 'merged' or 'factored', got '", path, "'");
+  check_path(path);
   bool merged = mix != nullptr && path == "merged";
   if (mix && path == "auto") {
     const double merged_cost = static_cast<double>(N * K) * static_cast<double>(mix->components.size());

@@ -226,8 +226,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
   check_device("grad_y", grad_y, "x", x);
   check_last_dim("x", x, mix.K);
   check_last_dim("grad_y", grad_y, mix.N);
-  TORCH_CHECK_VALUE(x.sizes().slice(0, x.dim() - 1).equals(grad_y.sizes().slice(0, grad_y.dim() - 1)),
-                    "grad_y: expected the leading sizes of x, ", x.sizes(), ", got ", grad_y.sizes());
+  check_grad_y(grad_y, x);
   const at::Tensor X = x.reshape({-1, mix.K}).contiguous(), dY = grad_y.reshape({-1, mix.N}).contiguous();
   const Gradients g = compute_type(x) == at::kDouble
                           ? gradients(X, dY, Factors<double>(A, B, alpha), mix, need_A, need_B, need_alpha)

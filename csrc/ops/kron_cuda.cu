@@ -10,6 +10,8 @@ namespace {
 
 at::Tensor kron_add(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, const at::Tensor& alpha,
                     at::IntArrayRef shapes) {
+  at::AutoDispatchBelowADInplaceOrView below;  // gradients belong to moka.functional
+  check_dtype("weight", weight, kFloats);
   const CudaMixture mix(A, B, alpha, shapes, weight.scalar_type());
   check_factors(mix.shapes, A, B, alpha, weight, "weight");
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == mix.shapes.N && weight.size(1) == mix.shapes.K,
@@ -54,17 +56,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
                                                              const at::Tensor& A, const at::Tensor& B,
                                                              const at::Tensor& alpha, at::IntArrayRef shapes,
                                                              bool need_A, bool need_B, bool need_alpha) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  check_dtype("x", x, kFloats);
   const CudaMixture mix(A, B, alpha, shapes, x.scalar_type());
   check_factors(mix.shapes, A, B, alpha, x, "x");
   check_last_dim("x", x, mix.shapes.K);
   check_last_dim("grad_y", grad_y, mix.shapes.N);
   check_device("grad_y", grad_y, "x", x);
-  TORCH_CHECK_TYPE(grad_y.scalar_type() == x.scalar_type(), "grad_y: expected dtype ", x.scalar_type(), " like x, got ",
-                   grad_y.scalar_type());
+  check_grad_y(grad_y, x);
+  check_dtype("grad_y", grad_y, {x.scalar_type()});
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor x2 = aligned_rows(x, mix.shapes.K);
   const at::Tensor dy2 = aligned_rows(grad_y, mix.shapes.N);
-  TORCH_CHECK_VALUE(x2.size(0) == dy2.size(0), "grad_y: expected ", x2.size(0), " tokens like x, got ", dy2.size(0));
   const int64_t tokens = x2.size(0);
   auto pick = [](bool needed, const at::Tensor& grad, const at::Tensor& like) {
     return needed ? grad.to(like.scalar_type()).view_as(like) : at::empty({0}, like.options());
@@ -111,11 +114,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
 
 at::Tensor kron_mix(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const at::Tensor& alpha,
                     at::IntArrayRef shapes, bool transpose, const std::optional<at::Tensor>& add) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  check_dtype("x", x, kFloats);
   const CudaMixture mix(A, B, alpha, shapes, x.scalar_type());
   check_factors(mix.shapes, A, B, alpha, x, "x");
   const int64_t in = transpose ? mix.shapes.N : mix.shapes.K, out = transpose ? mix.shapes.K : mix.shapes.N;
   check_last_dim("x", x, in);
-  const c10::cuda::CUDAGuard guard(x.device());
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1);
   sizes.push_back(out);
   if (add) {
@@ -124,6 +128,7 @@ at::Tensor kron_mix(const at::Tensor& x, const at::Tensor& A, const at::Tensor& 
     check_device("add", *add, "x", x);
     check_dtype("add", *add, {x.scalar_type(), at::kFloat});
   }
+  const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor dense = dense_mixture(mix, x.scalar_type());
   const at::Tensor x2 = aligned_rows(x, in), w = (transpose ? dense : dense.t()).to(x.scalar_type());
   if (!add) return at::mm(x2, w).view(sizes);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -12,6 +13,8 @@
 #include "kernels/build_cuda.h"
 
 namespace moka::cuda {
+
+inline const auto kFloats = {at::kFloat, at::kHalf, at::kBFloat16, at::kDouble};
 
 inline Dtype dtype_of(at::ScalarType t) {
   switch (t) {

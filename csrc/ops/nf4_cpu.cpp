@@ -151,18 +151,6 @@ std::tuple<at::Tensor, at::Tensor> nf4_quantize(const at::Tensor& w, int64_t blo
   return {packed, absmax};
 }
 
-// The mixture's arguments, checked against the layer.
-Mixture parse_mixture(int64_t N, int64_t K, const at::Tensor& A, const std::optional<at::Tensor>& B,
-                      const std::optional<at::Tensor>& alpha, at::IntArrayRef shapes, at::ScalarType dtype,
-                      const at::Tensor& like, const char* like_name) {
-  TORCH_CHECK_VALUE(B && alpha, "A is given, so B and alpha are needed too");
-  const Mixture mix = parse_shapes(shapes);
-  check_factors(mix, A, *B, *alpha, dtype, like, like_name);
-  TORCH_CHECK_VALUE(mix.N == N && mix.K == K, "shapes: expected products of the weight's ", N, " x ", K, ", got ",
-                    mix.N, " x ", mix.K);
-  return mix;
-}
-
 at::Tensor nf4_dequantize(const at::Tensor& packed, const at::Tensor& absmax, const std::optional<at::Tensor>& absmax2,
                           const std::optional<at::Tensor>& code2, const std::optional<at::Tensor>& offset,
                           int64_t blocksize, int64_t blocksize2, int64_t N, int64_t K, at::ScalarType dtype,

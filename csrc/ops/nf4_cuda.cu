@@ -10,9 +10,9 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 std::tuple<at::Tensor, at::Tensor> nf4_quantize(const at::Tensor& w, int64_t blocksize) {
-  TORCH_CHECK_VALUE(blocksize >= 2 && blocksize % 2 == 0, "blocksize: expected a positive even number, got ",
-                    blocksize);
-  check_dtype("w", w, {at::kFloat, at::kHalf, at::kBFloat16, at::kDouble});
+  at::AutoDispatchBelowADInplaceOrView below;  // gradients belong to moka.functional
+  check_dtype("w", w, {at::kFloat, at::kHalf, at::kBFloat16});
+  check_blocksize(blocksize);
   const c10::cuda::CUDAGuard guard(w.device());
   const at::Tensor flat = w.contiguous();
   const int64_t numel = flat.numel();
@@ -27,26 +27,18 @@ std::tuple<at::Tensor, at::Tensor> nf4_quantize(const at::Tensor& w, int64_t blo
 // The dense weight, with the mixture unless `mix` is empty.
 at::Tensor build(const Nf4Args& w, const CudaMixture& mix, at::ScalarType dtype) {
   const auto& p = w.params;
-  if (mix.A.defined())
-    TORCH_CHECK_VALUE(mix.shapes.N == p.N && mix.shapes.K == p.K, "shapes: expected products of ", p.N, " x ", p.K,
-                      " like the weight, got ", mix.shapes.N, " x ", mix.shapes.K);
   const bool apart = mix.A.defined() && mix.fp64;
   at::Tensor out = at::empty({p.N, p.K}, w.packed.options().dtype(apart ? at::kDouble : dtype));
+  check_dtype("dtype", out, kFloats);
   const MixtureArgs args = mix.A.defined() && !apart ? mix.args : MixtureArgs{};
   C10_CUDA_CHECK(launch_build_from_nf4(p, args, dtype_of(out.scalar_type()), out.mutable_data_ptr(), current_stream()));
   return apart ? out.add_(mix.dense_fp64()).to(dtype) : out;
 }
 
-CudaMixture mixture(const OptionalTensor& A, const OptionalTensor& B, const OptionalTensor& alpha,
-                    at::IntArrayRef shapes, const at::Tensor& packed, at::ScalarType result) {
+CudaMixture mixture(const Nf4Args& w, const OptionalTensor& A, const OptionalTensor& B, const OptionalTensor& alpha,
+                    at::IntArrayRef shapes, at::ScalarType result) {
   if (!A) return {};
-  TORCH_CHECK_VALUE(B && alpha, "A is given, so B and alpha are needed too");
-  const Mixture parsed = parse_shapes(shapes);
-  check_numel("A", *A, parsed.a_numel);
-  check_numel("B", *B, parsed.b_numel);
-  check_numel("alpha", *alpha, static_cast<int64_t>(parsed.components.size()));
-  for (const auto& [name, t] : {std::pair{"A", *A}, {"B", *B}, {"alpha", *alpha}})
-    check_device(name, t, "packed", packed);
+  parse_mixture(w.params.N, w.params.K, *A, B, alpha, shapes, result, w.packed, "packed");
   return CudaMixture(*A, *B, *alpha, shapes, result);
 }
 
@@ -54,9 +46,11 @@ at::Tensor nf4_dequantize(const at::Tensor& packed, const at::Tensor& absmax, co
                           const OptionalTensor& code2, const OptionalTensor& offset, int64_t blocksize,
                           int64_t blocksize2, int64_t N, int64_t K, at::ScalarType dtype, const OptionalTensor& A,
                           const OptionalTensor& B, const OptionalTensor& alpha, at::IntArrayRef shapes) {
-  const c10::cuda::CUDAGuard guard(packed.device());
+  at::AutoDispatchBelowADInplaceOrView below;
   const Nf4Args w(packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K);
-  return build(w, mixture(A, B, alpha, shapes, packed, dtype), dtype);
+  const CudaMixture mix = mixture(w, A, B, alpha, shapes, dtype);
+  const c10::cuda::CUDAGuard guard(packed.device());
+  return build(w, mix, dtype);
 }
 
 at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax,
@@ -64,21 +58,22 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
                       int64_t blocksize, int64_t blocksize2, int64_t N, int64_t K, const OptionalTensor& bias,
                       const OptionalTensor& A, const OptionalTensor& B, const OptionalTensor& alpha,
                       at::IntArrayRef shapes, bool transpose, c10::string_view path) {
+  at::AutoDispatchBelowADInplaceOrView below;
   const int64_t in = transpose ? N : K, out = transpose ? K : N;
-  check_last_dim("x", x, in);
-  check_dtype("x", x, {at::kFloat, at::kHalf, at::kBFloat16, at::kDouble});
+  check_dtype("x", x, kFloats);
   check_device("packed", packed, "x", x);
-  const c10::cuda::CUDAGuard guard(x.device());
+  check_last_dim("x", x, in);
   const Nf4Args w(packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K);
-  const CudaMixture mix = mixture(A, B, alpha, shapes, packed, x.scalar_type());
+  const CudaMixture mix = mixture(w, A, B, alpha, shapes, x.scalar_type());
+  check_path(path);
+  const c10::cuda::CUDAGuard guard(x.device());
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1);
   sizes.push_back(out);
   const at::Tensor x2 = aligned_rows(x, in);
   const int64_t tokens = x2.size(0);
   std::optional<at::Tensor> b;
   if (bias) {
-    check_numel("bias", *bias, out);
-    check_device("bias", *bias, "x", x);
+    check_bias(*bias, out, x);
     b = bias->to(x.scalar_type()).contiguous();
   }
   if (path != "merged" && tokens > 0 &&
@@ -93,7 +88,11 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
   const bool factored = A.has_value() && path == "factored";
   const at::Tensor dense = build(w, factored ? CudaMixture() : mix, x.scalar_type());
   const at::Tensor weight = transpose ? dense : dense.t();
-  at::Tensor y = (b ? at::addmm(*b, x2, weight) : at::mm(x2, weight)).view(sizes);
+  // In fp32 the bias is added apart: for a product that ends with it, cuBLASLt takes one chain of K additions,
+  // whose error (18 u at K = 4096) is above the limits and twice that of the product alone.
+  const bool ends_with_bias = b && sixteen_bit(x.scalar_type());
+  at::Tensor y = (ends_with_bias ? at::addmm(*b, x2, weight) : at::mm(x2, weight)).view(sizes);
+  if (b && !ends_with_bias) y.add_(*b);
   return factored ? kron_mix(x, *A, *B, *alpha, shapes, transpose, y) : y;
 }
 
