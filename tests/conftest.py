@@ -1,7 +1,9 @@
-"""Shared by every test: a fixed seed, and GPU tests that are skipped in plain sight."""
+"""Shared by every test: a fixed seed, where a test runs, and GPU tests that are skipped in plain sight."""
 
 import pytest
 import torch
+
+from helpers import BACKENDS, running_on
 
 NO_GPU = "no CUDA device"
 
@@ -30,9 +32,19 @@ def seed():
 @pytest.fixture(params=["scalar", "avx2", "avx512"])
 def isa(request):
     """Runs a test once per instruction set that this CPU has."""
-    from moka import _C  # here, so that the tests of a missing extension can be collected
+    with running_on(request.param):
+        yield request.param
 
-    if not _C.set_cpu_isa(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    _C.set_cpu_isa("auto")
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Runs a test once per instruction set that this CPU has, and on the GPU."""
+    with running_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["auto", BACKENDS[-1]], ids=["cpu", "cuda"])
+def device(request):
+    """Runs a test on the CPU and on the GPU, where its tensors are made unless it says otherwise."""
+    with running_on(request.param):
+        yield torch.get_default_device()

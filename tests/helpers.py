@@ -14,10 +14,15 @@ Elementwise relative error is not used: under cancellation it is unbounded for c
 
 from __future__ import annotations
 
+import contextlib
 import math
 
+import pytest
 import torch
 from torch import Tensor
+
+#: the sets of kernels: one per instruction set of the CPU, and the GPU's
+BACKENDS = ("scalar", "avx2", "avx512", pytest.param("cuda", marks=pytest.mark.cuda))
 
 #: dtype -> (unit roundoff u, relF limit in u, maxN limit in u)
 LIMITS = {
@@ -91,6 +96,37 @@ def assert_close_by_rule(
         )
 
 
+def roundings(x: Tensor, path: str = "merged") -> int:
+    """Roundings to 16 bits that a product of x goes through, the `roundings` of `assert_close_by_rule`.
+
+    The CPU computes in fp32 and rounds once. The GPU also rounds the dense weight that it multiplies by and,
+    on the factored path (which "auto" may take), the base's product before it adds the mixture's.
+    """
+    if not x.is_cuda:
+        return 1
+    return 2 if path == "merged" else 3
+
+
+@contextlib.contextmanager
+def running_on(backend: str):
+    """Runs what is inside by one of `BACKENDS`, or by the best of the CPU ("auto"); skips what is missing."""
+    if backend == "cuda":
+        with torch.device("cuda"):
+            yield
+        return
+    from moka import _C  # here, so that the tests of a missing extension can be collected
+
+    if not _C.set_cpu_isa(backend):
+        pytest.skip(f"this CPU has no {backend}")
+    yield
+    _C.set_cpu_isa("auto")
+
+
 def integers(*shape: int, low: int = -2, high: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random integers in [low, high] for the exact gate; the caller keeps sums within the significand."""
     return torch.randint(low, high + 1, shape).to(dtype)
+
+
+def shifted(*sizes: int) -> Tensor:
+    """Random numbers around 1: sums do not cancel, so that limits on the norm of a few mean something."""
+    return torch.randn(*sizes) + 1

@@ -18,8 +18,9 @@ from moka.errors import NativeError
 from moka.info import Info
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "_backend"))
+sys.path[:0] = [str(ROOT / "_backend"), str(ROOT / ".ci")]
 
+import cuda_kernels  # noqa: E402
 from cuda_build import check_cuda_major, choose_archs, find_cuda_home, gencode_flags, nvcc_release  # noqa: E402
 
 # --- decisions about CUDA
@@ -78,6 +79,37 @@ def test_unknown_arch_is_refused():
 
 def test_gencode_flags():
     assert gencode_flags(["90a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+# --- register spills, as `make kernels` counts them
+
+PTXAS = """ptxas info    : Compiling entry function '_Z4fastv' for 'sm_80'
+ptxas info    : Function properties for _Z4fastv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers
+ptxas info    : Function properties for _Z4slowi
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers
+"""
+
+
+@pytest.mark.parametrize(
+    ("allowed", "problems"),
+    [
+        pytest.param([], ["sm_80: 12 bytes spilled, 8 loaded: slow"], id="not listed"),
+        pytest.param([("90a", "slow", 12, "")], ["sm_80: 12 bytes", "not needed"], id="listed for another"),
+        pytest.param([("80 90a", "^slow$", 8, "")], ["sm_80: 12 bytes"], id="more than listed"),
+        pytest.param([("80", "^slow$", 12, "")], [], id="listed"),
+        pytest.param([("80", "slow|fast", 12, ""), ("80", "fast", 4, "")], ["not needed"], id="gone"),
+    ],
+)
+def test_spills_are_found(allowed, problems, monkeypatch):
+    kernels = cuda_kernels.functions(PTXAS, "80")
+    assert kernels == [("80", "fast", 40, 0, 0), ("80", "slow", 255, 12, 8)]
+    monkeypatch.setattr(cuda_kernels, "ALLOWED", allowed)
+    got = cuda_kernels.unlisted(kernels)
+    assert len(got) == len(problems)
+    assert all(problem.startswith(start) for problem, start in zip(got, problems, strict=True))
 
 
 # --- a missing or broken extension

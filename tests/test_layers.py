@@ -34,7 +34,7 @@ def make_base(kind, dtype=torch.float32, bias=True, compute_dtype=None):
     if bias:
         layer.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
     layer.support_avx512bf16_for_cpu = False  # as inject does
-    return layer.to("cpu")
+    return layer.to(torch.get_default_device())
 
 
 def make_layer(kind, dtype=torch.float32, shapes="balanced", random=True, **fields):
@@ -63,7 +63,7 @@ def dense_base(layer):
 def digests(module):
     """A hash of every tensor of the state."""
     return {
-        name: hashlib.sha256(t.detach().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(t.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()).hexdigest()
         for name, t in module.state_dict().items()
         if isinstance(t, torch.Tensor) and t.numel()
     }
@@ -71,7 +71,7 @@ def digests(module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "nf4", "nf4_double"])
-def test_a_fresh_adapter_changes_no_bit(kind, dtype):
+def test_a_fresh_adapter_changes_no_bit(kind, dtype, device):
     for path in ("auto", "merged", "factored"):
         layer = make_layer(kind, dtype, random=False, path=path)
         # up to four tokens the 4-bit base alone has a kernel that no mixture can be merged into
@@ -80,7 +80,7 @@ def test_a_fresh_adapter_changes_no_bit(kind, dtype):
             assert torch.equal(layer(x), layer.base_layer(x)), (path, tokens)
 
 
-def test_a_fresh_adapter_on_bitsandbytes():
+def test_a_fresh_adapter_on_bitsandbytes(device):
     # its own kernels add up in another order: equal to a rounding error, and to the bit when disabled
     layer = make_layer("bitsandbytes", random=False)
     for tokens in (1, 5, 17, 40):
@@ -95,7 +95,7 @@ def test_a_fresh_adapter_on_bitsandbytes():
 @pytest.mark.parametrize("shapes", ["balanced", "identity"])
 @pytest.mark.parametrize("gate", ["softmax", "linear", "none"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_and_gradients(kind, gate, shapes):
+def test_values_and_gradients(kind, gate, shapes, device):
     layer = make_layer(kind, shapes=shapes, gate=gate, path="factored")
     x = torch.randn(7, K, requires_grad=True)
     dy = torch.randn(7, N)
@@ -173,7 +173,7 @@ def test_gates_are_computed_in_fp32_whatever_their_storage():
     assert y.dtype == torch.bfloat16
 
 
-def test_16_bit_factors():
+def test_16_bit_factors(device):
     layer = make_layer("nf4", adapter_dtype="bfloat16")
     assert layer.moka_A["default"].dtype == torch.bfloat16
     assert layer.moka_gate["default"].dtype == torch.float32
@@ -181,7 +181,7 @@ def test_16_bit_factors():
     assert layer.moka_A["default"].grad.dtype == torch.bfloat16
 
 
-def test_dropout_is_on_the_mixture_in_training_alone():
+def test_dropout_is_on_the_mixture_in_training_alone(device):
     layer = make_layer("nf4", dropout=0.5)
     x = torch.randn(40, K)
     layer.eval()
@@ -198,7 +198,7 @@ def test_dropout_is_on_the_mixture_in_training_alone():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("fields", [{"dropout": 0.5}, {"gate_dropout": 0.5}])
-def test_recomputation_draws_the_same_mask(fields, reentrant):
+def test_recomputation_draws_the_same_mask(fields, reentrant, device):
     layer = make_layer("nf4", **fields)
     gradients = []
     for recompute in (False, True):
@@ -222,17 +222,17 @@ def test_gate_dropout_leaves_components_out():
 
 
 @pytest.mark.parametrize("kind", ["linear", "nf4", "bitsandbytes"])
-def test_autocast_gives_what_the_base_gives(kind):
+def test_autocast_gives_what_the_base_gives(kind, device):
     layer = make_layer(kind)
     x = torch.randn(5, K)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y, base = layer(x), layer.base_layer(x)
     assert y.dtype == base.dtype
     y.float().sum().backward()
     assert layer.moka_A["default"].grad.dtype == torch.float32
 
 
-def test_products_run_in_the_compute_dtype_of_a_4_bit_layer():
+def test_products_run_in_the_compute_dtype_of_a_4_bit_layer(device):
     base = make_base("bitsandbytes", compute_dtype=torch.bfloat16)
     layer = MokaLinear(base)
     layer.add_adapter("default", MokaConfig(), plan_shapes(N, K, 10))
@@ -255,7 +255,7 @@ def test_casting_a_model_keeps_the_quantization_constants():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_dict_round_trip_and_deepcopy(kind):
+def test_state_dict_round_trip_and_deepcopy(kind, device):
     layer, other = make_layer(kind), make_layer(kind)
     x = torch.randn(20, K)
     assert not torch.equal(layer(x), other(x))
@@ -267,7 +267,7 @@ def test_state_dict_round_trip_and_deepcopy(kind):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracer
 @pytest.mark.parametrize("kind", ["linear", "nf4_double", "bitsandbytes"])
-def test_an_adapted_block_compiles_into_one_graph(kind):
+def test_an_adapted_block_compiles_into_one_graph(kind, device):
     torch._dynamo.reset()
     block = nn.Sequential(make_layer(kind), nn.SiLU(), nn.Linear(N, K), make_layer(kind, gate_dropout=0.0))
     x = torch.randn(20, K)
@@ -307,18 +307,19 @@ IDS = torch.arange(3, 43).view(2, 20)
 
 
 def train(model, steps, lr=0.01):
+    ids = IDS.to(model.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model(IDS, labels=IDS).loss
+        loss = model(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     return losses
 
 
-def test_ten_steps_change_every_adapter_tensor_and_no_other():
+def test_ten_steps_change_every_adapter_tensor_and_no_other(device):
     model = moka.quantize(tiny_model().train())
     moka.inject(model, MokaConfig(target_modules="all-linear", r=4))
     before = digests(model)
@@ -331,7 +332,7 @@ def test_ten_steps_change_every_adapter_tensor_and_no_other():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("when", ["before inject", "after inject"])
-def test_gradient_checkpointing(when, reentrant):
+def test_gradient_checkpointing(when, reentrant, device):
     def gradients(recompute):
         torch.manual_seed(0)
         model = tiny_model().train()
@@ -344,7 +345,8 @@ def test_gradient_checkpointing(when, reentrant):
         if recompute and when == "after inject":
             enable(options)
         randomize(model, 0.1)
-        model(IDS, labels=IDS).loss.backward()
+        ids = IDS.to(device)
+        model(ids, labels=ids).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
     plain, recomputed = gradients(False), gradients(True)

@@ -1,13 +1,13 @@
-"""NF4 on the CPU, for every instruction set: quantization bit for bit, products by the comparison rules."""
+"""NF4 on every instruction set and on the GPU: quantization bit for bit, products by the comparison rules."""
 
 import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import assert_close_by_rule, integers
+from helpers import assert_close_by_rule, integers, roundings, shifted
 from moka import _C, nf4, reference
 from moka.shapes import KronShape, flatten_shapes
 
@@ -76,6 +76,14 @@ def weights(N, K, dtype, scale=1.0):
     return w.to(dtype)
 
 
+def thresholds():
+    """Every value halfway between two codes and the next one above it, in a block with absmax 1; `[32]`."""
+    code = torch.tensor(reference.NF4_CODE)
+    bounds = (code[:-1] + code[1:]) / 2
+    pairs = torch.stack((bounds, torch.nextafter(bounds, torch.ones(15)))).T
+    return torch.cat((pairs.flatten(), torch.tensor([1.0, 0.0])))
+
+
 def misaligned(t):
     """The same values one element off any alignment."""
     moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
@@ -84,37 +92,36 @@ def misaligned(t):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("blocksize", nf4.BLOCKSIZES)
-def test_quantize_is_bitsandbytes(blocksize, dtype, isa):
+def test_quantize_is_bitsandbytes(blocksize, dtype, backend):
     sizes = [(1, 1), (3, 17), (33, 31), (64, 64), (5, 577), (2, 4096), (3, 4099)]
-    for size, scale in itertools.product(sizes, (1.0, 1e-37, 1e-39, 1e-44)):
-        w = weights(*size, dtype, scale)
+    cases = [weights(*size, dtype, scale) for size in sizes for scale in (1.0, 1e-37, 1e-39, 1e-44)]
+    for w in (*cases, thresholds().to(dtype)):
         packed, state = bnb.quantize_4bit(w, blocksize=blocksize, quant_type="nf4")
         ours, absmax = ops.nf4_quantize(w, blocksize)
-        assert torch.equal(ours, packed.view(-1)), (size, scale)
-        assert torch.equal(absmax, state.absmax), (size, scale)
+        assert torch.equal(ours, packed.view(-1)), (w.shape, w.abs().max())
+        assert torch.equal(absmax, state.absmax), (w.shape, w.abs().max())
 
 
-def test_quantize_not_a_number(isa):
+def test_quantize_not_a_number(backend):
     w = torch.randn(8, 64)
     w[1, 3], w[4, 5] = float("nan"), float("inf")
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
     ours, absmax = ops.nf4_quantize(w, 64)
     assert torch.equal(ours, packed.view(-1))
-    assert torch.equal(absmax.isnan(), state.absmax.isnan()) and absmax[1].isnan() and absmax[4].isinf()
+    assert torch.equal(absmax.isnan(), state.absmax.isnan()) and absmax[4].isinf()
+    assert absmax[1].isnan() or backend == "cuda"  # where bitsandbytes passes over it
 
 
 def test_thresholds_belong_to_the_lower_code(isa):
-    code = torch.tensor(reference.NF4_CODE)
-    bounds = (code[:-1] + code[1:]) / 2
-    w = torch.stack((bounds, torch.nextafter(bounds, torch.ones(15)))).T.flatten()
-    packed, _ = ops.nf4_quantize(torch.cat((w, torch.tensor([1.0, 0.0]))), 32)
+    """On the CPU; for a GPU bitsandbytes has some of them one unit in the last place lower."""
+    packed, _ = ops.nf4_quantize(thresholds(), 32)
     expected = torch.stack((torch.arange(15), torch.arange(1, 16)), 1).flatten()
     assert torch.equal(torch.stack((packed >> 4, packed & 15), 1).flatten()[:30].long(), expected)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("blocksize", nf4.BLOCKSIZES)
-def test_dequantize_is_bitsandbytes(blocksize, dtype, isa):
+def test_dequantize_is_bitsandbytes(blocksize, dtype, backend):
     """Rows of whole blocks: for others bitsandbytes 0.50.2 scales by the wrong block (its issue 1884)."""
     for w in (weights(3, blocksize, dtype), weights(2, 4096, dtype), weights(64, 2 * blocksize, dtype)):
         packed, state = bnb.quantize_4bit(w, blocksize=blocksize, quant_type="nf4")
@@ -123,7 +130,7 @@ def test_dequantize_is_bitsandbytes(blocksize, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_dequantize_double_quantized_is_bitsandbytes(dtype, isa):
+def test_dequantize_double_quantized_is_bitsandbytes(dtype, backend):
     w = weights(300, 256, dtype)  # 1200 blocks: five second-level blocks, the last one partial
     packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
     second = (state.state2.absmax, state.state2.code, state.offset)
@@ -132,7 +139,7 @@ def test_dequantize_double_quantized_is_bitsandbytes(dtype, isa):
 
 
 @by_case
-def test_dequantize_is_the_specification(name, isa):
+def test_dequantize_is_the_specification(name, backend):
     N, K, blocksize, _ = CASES[name]
     for dtype, scale in itertools.product(HALVES, (1.0, 1e-38)):
         w = nf4.quantize(weights(N, K, torch.float32, scale), blocksize)
@@ -142,7 +149,7 @@ def test_dequantize_is_the_specification(name, isa):
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32], ids=str)
-def test_other_storage_of_the_bytes(storage):
+def test_other_storage_of_the_bytes(storage, device):
     layer = Layer(24, 128, 64, [(4, 8, 6, 16)])
     args = list(layer.weight.op_args())
     args[0] = args[0].view(storage).view(-1, 1)
@@ -152,7 +159,7 @@ def test_other_storage_of_the_bytes(storage):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @by_case
-def test_merged_dequantize(name, dtype, isa):
+def test_merged_dequantize(name, dtype, backend):
     layer = Layer(*CASES[name], dtype)
     got = ops.nf4_dequantize(*layer.weight.op_args(), dtype, *layer.mixture)
     w = layer.weight.dequantize(dtype)
@@ -162,23 +169,25 @@ def test_merged_dequantize(name, dtype, isa):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @by_case
-def test_linear(name, dtype, isa):
+def test_linear(name, dtype, backend):
     """Fused and in panels, both directions, with and without bias and mixture, on every path."""
-    layer = Layer(*CASES[name], dtype)
+    # the GPU rounds the weight: an error of the size of the terms, which cancel in results of few elements
+    layer = Layer(*CASES[name], dtype, make=shifted if backend == "cuda" else torch.randn)
     for tokens, transpose in itertools.product((1, 3, 9, 40), (False, True)):
-        x = layer.x(tokens, transpose=transpose)
+        x = layer.x(tokens, transpose=transpose, make=shifted if backend == "cuda" else torch.randn)
         bias = torch.randn(layer.K if transpose else layer.N).to(dtype)
         for path, with_bias in (("merged", True), ("factored", False), ("auto", True), (None, False)):
             mixture, b = path is not None, bias if with_bias else None
             y = layer.linear(x, b, transpose, path or "auto", mixture)
             expected = layer.product(x, b, transpose, mixture)
             eager = layer.product(x, b, transpose, mixture, dtype)
-            assert_close_by_rule(y, expected, eager if y.numel() > 1000 else None, dtype)
+            eager = eager if y.numel() > 1000 else None
+            assert_close_by_rule(y, expected, eager, dtype, roundings(x, path or "auto"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @by_case
-def test_exact(name, dtype, isa):
+def test_exact(name, dtype, backend):
     """Codes -1, 0 and 1, powers of two and small integers: no rounding happens, in any order of summation."""
     N, K, blocksize, shapes = CASES[name]
     layer = Layer(N, K, blocksize, shapes, dtype, make=lambda *size: integers(*size, low=-1, high=1))
@@ -197,14 +206,14 @@ def test_exact(name, dtype, isa):
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_double_quantized_linear(tokens, isa):
+def test_double_quantized_linear(tokens, backend):
     layer = Layer(*CASES["identities"], double_quant=True)
     x = layer.x(tokens)
     assert_close_by_rule(layer.linear(x), layer.product(x), None, torch.float32)
 
 
 @pytest.mark.parametrize("what", ["absmax", "code", "factor"])
-def test_a_corrupted_block_is_caught(what):
+def test_a_corrupted_block_is_caught(what, device):
     """The comparison rules see one block of 64 that is 5 % off, one wrong nibble, one wrong factor entry."""
     layer = Layer(*CASES["whole_blocks"])
     x = layer.x(9)
@@ -222,7 +231,7 @@ def test_a_corrupted_block_is_caught(what):
 
 @pytest.mark.parametrize("tokens", [4, 40])
 @pytest.mark.parametrize("transpose", [False, True], ids=["forward", "dx"])
-def test_strided_and_misaligned_inputs(tokens, transpose, isa):
+def test_strided_and_misaligned_inputs(tokens, transpose, backend):
     layer = Layer(*CASES["blocks_cross_rows"])
     x = layer.x(tokens, transpose=transpose)
     y = layer.linear(x, transpose=transpose)
@@ -237,21 +246,21 @@ def test_strided_and_misaligned_inputs(tokens, transpose, isa):
 
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)])
-def test_zero_tokens(leading):
+def test_zero_tokens(leading, device):
     layer = Layer(*CASES["identities"])
     for path in ("auto", "merged", "factored"):
         assert layer.linear(layer.x(*leading), torch.randn(48), path=path).shape == (*leading, 48)
     assert layer.linear(layer.x(*leading, transpose=True), transpose=True).shape == (*leading, 96)
 
 
-def test_a_vector_is_one_token():
+def test_a_vector_is_one_token(device):
     layer = Layer(*CASES["identities"])
     x = layer.x(1)
     assert torch.equal(layer.linear(x[0]), layer.linear(x)[0])
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_not_a_number_stays_in_its_row(tokens, isa):
+def test_not_a_number_stays_in_its_row(tokens, backend):
     layer = Layer(*CASES["whole_blocks"])
     x = layer.x(tokens)
     x[1, 5] = float("nan")
@@ -273,16 +282,16 @@ def test_threads_do_not_change_bits(isa):
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
 
 
-def test_gradients_are_not_recorded():
+def test_gradients_are_not_recorded(device):
     """Differentiation belongs to moka.functional; the operator itself runs on inputs that require grad."""
     layer = Layer(*CASES["whole_blocks"])
     x = layer.x(40).requires_grad_()
     assert torch.equal(layer.linear(x).detach(), layer.linear(x.detach()))
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.data())
-def test_any_size(data):
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_size(device, data):
     ma, na, mb, nb = (data.draw(st.integers(1, 24), label) for label in ("ma", "na", "mb", "nb"))
     blocksize = data.draw(st.sampled_from(nf4.BLOCKSIZES), "blocksize")
     tokens, transpose = data.draw(st.integers(1, 40), "tokens"), data.draw(st.booleans(), "transpose")
@@ -293,7 +302,7 @@ def test_any_size(data):
     assert_close_by_rule(y, layer.product(x, transpose=transpose), None, torch.float32)
 
 
-def linear_with(**changes):
+def linear_with(device, **changes):
     """Calls the operator on a 48 x 96 layer with some arguments replaced."""
     layer = Layer(*CASES["identities"])
     w, (A, B, alpha, shapes) = layer.weight, layer.mixture
@@ -302,7 +311,7 @@ def linear_with(**changes):
         "offset": None, "blocksize": 32, "blocksize2": 256, "N": 48, "K": 96, "bias": None,
         "A": A, "B": B, "alpha": alpha, "shapes": shapes, "transpose": False, "path": "auto",
     }  # fmt: skip
-    return ops.nf4_linear(*(args | changes).values())
+    return ops.nf4_linear(*(t.to(device) if torch.is_tensor(t) else t for t in (args | changes).values()))
 
 
 @pytest.mark.parametrize(
@@ -325,17 +334,17 @@ def linear_with(**changes):
         ({"path": "fast"}, ValueError, "path: expected 'auto', 'merged' or 'factored', got 'fast'"),
     ],
 )
-def test_wrong_arguments(changes, error, message):
+def test_wrong_arguments(changes, error, message, device):
     with pytest.raises(error, match=message):
-        linear_with(**changes)
+        linear_with(device, **changes)
 
 
-def test_mixture_of_another_size():
+def test_mixture_of_another_size(device):
     with pytest.raises(ValueError, match="shapes: expected products of the weight's 48 x 96, got 4 x 96"):
-        linear_with(A=torch.ones(4), B=torch.ones(96), alpha=torch.ones(1), shapes=[4, 1, 1, 96, 0])
+        linear_with(device, A=torch.ones(4), B=torch.ones(96), alpha=torch.ones(1), shapes=[4, 1, 1, 96, 0])
 
 
-def test_wrong_dtypes_of_other_operators():
+def test_wrong_dtypes_of_other_operators(device):
     with pytest.raises(TypeError, match=r"w: expected dtype Float.*got Double"):
         ops.nf4_quantize(torch.ones(64).double(), 64)
     with pytest.raises(ValueError, match="blocksize: expected a positive even number, got 0"):

@@ -1,0 +1,113 @@
+"""Every CUDA kernel on shapes small enough for compute-sanitizer: `make sanitize` runs this file."""
+
+from itertools import product
+
+import pytest
+import torch
+from test_kron import Mixture
+
+from helpers import assert_close_by_rule, shifted
+from moka import nf4
+
+pytestmark = pytest.mark.cuda
+ops = torch.ops.moka
+
+#: two steps of every loop: periodic, more components than the smallest kernel takes, an identity, any shape
+MIXTURES = {
+    "periodic": [(4, 16, 32, 32), (8, 32, 16, 16)],
+    "periodic, six": [(4, 16, 32, 32), (8, 32, 16, 16)] * 3,
+    "identity": [(4, 16, 32, 32), (16, 16, 8, 32, 1)],
+    "any shape": [(2, 256, 64, 2), (128, 2, 1, 256)],
+}
+#: shapes of the Hopper gradient kernel
+WIDE = [(16, 256, 256, 16), (32, 128, 128, 32), (64, 64, 64, 64), (128, 32, 32, 128), (256, 16, 16, 256)]
+BF16 = torch.bfloat16
+
+
+def on_gpu(args):
+    """Tensors made on the CPU, where the references are computed, as arguments of a GPU operator."""
+    return [t.cuda() if isinstance(t, torch.Tensor) else t for t in args]
+
+
+def check(got, want, dtype=BF16, roundings=2, **rule):
+    assert_close_by_rule(got.cpu(), want, None, dtype, roundings, **rule)
+
+
+def quantize(dtype, blocksize):
+    w = torch.randn(31, 66).to(dtype)
+    packed, absmax = (t.cpu() for t in ops.nf4_quantize(w.cuda(), blocksize))
+    dense = nf4.NF4Weight(packed, absmax, (31, 66), blocksize).dequantize()
+    scale = absmax.repeat_interleave(blocksize)[: w.numel()].view_as(w)
+    assert ((dense - w.float()).abs() <= 0.153 * scale).all()  # half the widest gap of the code book
+
+
+def weight(shapes, double_quant=True):
+    m = Mixture(shapes, 1, BF16)
+    return nf4.quantize(torch.randn(m.N, m.K), 64, double_quant), m
+
+
+def build(name, dtype):
+    w, m = weight(MIXTURES[name])
+    base = w.dequantize(torch.float32).double()
+    mixture = (*m.params, m.flat_shapes)
+    check(ops.nf4_dequantize(*on_gpu((*w.op_args(), dtype, None, None, None, []))), base, dtype)
+    check(ops.nf4_dequantize(*on_gpu((*w.op_args(), dtype, *mixture))), base + m.dense(), dtype)
+    base = base.to(dtype)
+    check(ops.kron_add(*on_gpu((base, *mixture))), base.double() + m.dense(), dtype)
+
+
+def linear(tokens, N, mixed):
+    shapes = [(4, 16, N // 4, 32), (N // 16, 32, 16, 16)]
+    w, m = weight(shapes, double_quant=mixed)
+    x, bias = torch.randn(tokens, m.K).to(BF16), torch.randn(N).to(BF16)
+    mixture = (*m.params, m.flat_shapes) if mixed else (None, None, None, [])
+    y = ops.nf4_linear(*on_gpu((x, *w.op_args(), bias, *mixture, False, "auto")))
+    dense = w.dequantize(torch.float32).double() + (m.dense() if mixed else 0)
+    check(y, x.double() @ dense.T + bias.double(), roundings=3)
+
+
+def mix(dtype):
+    m = Mixture(MIXTURES["periodic"], 5, dtype, make=shifted)
+    y = ops.kron_mix(*on_gpu((m.x, *m.params, m.flat_shapes, False, None)))
+    check(y, m.x.double() @ m.dense().T, dtype)
+
+
+def gradients(shapes, dtype):
+    m = Mixture(shapes, 70, dtype, make=shifted)
+    got = ops.kron_mix_grad(*on_gpu((m.x, m.dy, *m.params, m.flat_shapes, True, True, True)))
+    for actual, expected in zip(got, m.reference_grad(), strict=True):
+        # of which the Hopper kernel rounds the intermediates to bf16
+        check(actual.to(dtype), expected, dtype, roundings=3, reduces_tokens=True)
+
+
+def gate(r):
+    logits, grad = torch.randn(r), torch.randn(r)
+    alpha = 3 * logits.double().softmax(0)
+    check(ops.gate(logits.cuda(), 3.0), alpha, torch.float32)
+    want = alpha * (grad.double() - (alpha / 3 * grad.double()).sum())
+    check(ops.gate_grad(alpha.float().cuda(), grad.cuda(), 3.0), want, torch.float32)
+
+
+CASES = {
+    **{f"quantize {d}": (quantize, d, 64) for d in (torch.float32, BF16, torch.float16)},
+    **{f"build {name} {d}": (build, name, d) for name in MIXTURES for d in (BF16, torch.float32)},
+    **{f"linear {args}": (linear, *args) for args in product((1, 9, 33, 70), (48, 128), (False, True))},
+    **{f"mix {d}": (mix, d) for d in (BF16, torch.float32)},
+    # in fp32: initcheck does not see what cuBLAS' 16-bit kernels store
+    **{f"gradients {name}": (gradients, MIXTURES[name], torch.float32) for name in MIXTURES},
+    "gradients 4096": (gradients, WIDE, BF16),
+    **{f"gate {r}": (gate, r) for r in (10, 64)},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel(name):
+    function, *args = CASES[name]
+    function(*args)
+
+
+def run_all():
+    """Every case once."""
+    with torch.device("cpu"):
+        for function, *args in CASES.values():
+            function(*args)
