@@ -1,6 +1,7 @@
 # make demo [DATA=my.jsonl] [SEED=0]   fine-tune a real 4-bit model and score it before and after
 # make test                            every check and test
 # make lint | format | bench | clean
+# make cuda-test | sanitize | cuda-bench   on a machine with a GPU: its tests, compute-sanitizer, timings
 #
 # Needs Python 3.10+, a C++ compiler and a package index. Everything else goes into .venv, with the versions of
 # constraints.txt.
@@ -16,7 +17,7 @@ FAILED = { echo "moka: that did not succeed, see above: it needs a package index
 CPP_FILES := $(shell find csrc $(wildcard tests/cpp) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py pyproject.toml $(wildcard _backend/*.py) $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: demo test lint format ctest pytest bench clean
+.PHONY: demo test lint format kernels ctest pytest bench clean cuda-test sanitize cuda-bench
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -36,6 +37,9 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
+kernels: $(VENV)/.base
+	$(BIN)/python .ci/cuda_kernels.py
+
 ctest: $(VENV)/.test
 	for preset in release asan; do \
 	  cmake --preset $$preset && cmake --build --preset $$preset && ctest --preset $$preset || exit 1; \
@@ -46,6 +50,20 @@ pytest: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py
+
+cuda-test: $(VENV)/.test
+	$(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
+
+# The caching allocator would hide accesses out of bounds. initcheck misses what cuBLAS' 16-bit kernels store (by bulk
+# copies), so it does not look at copies to the host.
+sanitize: $(VENV)/.test
+	for tool in memcheck racecheck synccheck "initcheck --check-api-memory-access no"; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(BIN)/python -m pytest -q -x tests/test_cuda_sanitize.py || exit 1; \
+	done
+
+cuda-bench: $(VENV)/.test
+	benchmarks/run_cuda.sh benchmarks/results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info moka/_C*.so
