@@ -7,6 +7,7 @@ from test_nf4 import Layer
 
 from helpers import assert_close_by_rule, integers, roundings, shifted
 from moka import nf4, reference
+from moka.shapes import plan_shapes
 
 pytestmark = pytest.mark.cuda
 ops = torch.ops.moka
@@ -48,6 +49,23 @@ def test_gradients(name, dtype):
         m.x, m.dy, m.A, m.B = m.x / 64, m.dy / 64, m.A / 16, m.B / 16  # sums over tokens stay inside fp16
         for got, want, plain in zip(m.grad(), m.reference_grad(), m.reference_grad(dtype), strict=True):
             assert_close_by_rule(got, want, plain, dtype, roundings=2, reduces_tokens=True)
+
+
+@pytest.mark.parametrize("tokens", (64, 131, 300))
+@pytest.mark.parametrize("r", (10, 7))
+@pytest.mark.parametrize("N, K", [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (4096, 1024)])
+def test_factored_gradients(N, K, r, tokens):
+    """Planned shapes of common layers: pairs of components, and components alone."""
+    m = Mixture(plan_shapes(N, K, r), tokens, torch.bfloat16, torch.bfloat16, make=shifted)
+    m.x, m.dy, m.A, m.B = m.x / 64, m.dy / 64, m.A / 16, m.B / 16
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = m.grad()
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert torch.cuda.max_memory_allocated() - before < 4 * N * K, "dY^T X was formed"
+    for got, want, plain in zip(grads, m.reference_grad(), m.reference_grad(m.dtype), strict=True):
+        assert_close_by_rule(got, want, plain, m.dtype, roundings=2, reduces_tokens=True)
+    assert all(torch.equal(a, b) for a, b in zip(grads, m.grad(), strict=True))
 
 
 @by_dtype

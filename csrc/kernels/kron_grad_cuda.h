@@ -19,8 +19,8 @@ cudaError_t launch_contract(const float* G, const MixtureArgs& mix, float* scrat
                             cudaStream_t stream);
 
 // Adds the slabs that launch_kron_grad_sm90 left.
-cudaError_t launch_gather_slabs(const float* partial, const KronParams& mixture, const GradGroup* groups,
-                                int num_groups, float* raw_A, float* raw_B, cudaStream_t stream);
+cudaError_t launch_gather_slabs(const float* partial, const KronParams& mixture, const GradPlan& plan, float* raw_A,
+                                float* raw_B, cudaStream_t stream);
 
 // grad_A = alpha raw_A, grad_B = alpha raw_B in the factors' dtype, grad_alpha_i = <raw_A_i, A_i> in fp32; a null
 // output is left out.

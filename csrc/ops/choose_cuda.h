@@ -26,14 +26,12 @@ inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const Mixt
 }
 
 // Parameter gradients: through the factors where the Hopper kernel knows the shapes, else from G = dY^T X.
-// `groups` is filled for kFactoredSm90. Its intermediates are rounded to x's dtype, which fp16's range forbids.
-inline GradKernel choose_grad(int64_t tokens, const KronParams& mixture, at::ScalarType dtype, GradGroup* groups,
-                              int* num_groups) {
+// `plan` is filled for kFactoredSm90. Its intermediates are rounded to x's dtype, which fp16's range forbids.
+inline GradKernel choose_grad(int64_t tokens, const KronParams& mixture, at::ScalarType dtype, GradPlan* plan) {
   const auto* device = at::cuda::getCurrentDeviceProperties();
-  *num_groups = 0;
-  if (device->major == 9 && dtype == at::kBFloat16 && tokens >= 64)
-    *num_groups = plan_grad_groups(mixture, device->multiProcessorCount, groups);
-  return *num_groups ? GradKernel::kFactoredSm90 : GradKernel::kContract;
+  const bool factored = device->major == 9 && dtype == at::kBFloat16 && tokens >= 64 &&
+                        plan_grad(mixture, device->multiProcessorCount, plan);
+  return factored ? GradKernel::kFactoredSm90 : GradKernel::kContract;
 }
 
 }  // namespace moka::cuda

@@ -87,17 +87,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
     const auto fp32 = mix.A.options().dtype(at::kFloat);
     at::Tensor raw = at::empty({mix.shapes.a_numel + mix.shapes.b_numel}, fp32), scratch;
     float *raw_A = raw.mutable_data_ptr<float>(), *raw_B = raw_A + mix.shapes.a_numel;
-    GradGroup groups[kMaxGradGroups];
-    int num_groups;
-    const auto kernel = choose_grad(tokens, p, x.scalar_type(), groups, &num_groups);
-    if (kernel == GradKernel::kFactoredSm90) {
+    GradPlan plan;
+    if (choose_grad(tokens, p, x.scalar_type(), &plan) == GradKernel::kFactoredSm90) {
       const int sms = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-      scratch = at::empty({sms * kGradSlab}, fp32);
+      scratch = at::empty({sms * plan.slab}, fp32);
       float* partial = scratch.mutable_data_ptr<float>();
-      C10_CUDA_CHECK(launch_kron_grad_sm90(x2.const_data_ptr(), dy2.const_data_ptr(), mix.args.A, mix.args.B,
-                                           mix.args.factor_dtype == Dtype::kF32, x.scalar_type() == at::kBFloat16,
-                                           tokens, p, groups, num_groups, sms, partial, stream));
-      C10_CUDA_CHECK(launch_gather_slabs(partial, p, groups, num_groups, raw_A, raw_B, stream));
+      C10_CUDA_CHECK(launch_kron_grad_sm90(x2.const_data_ptr(), dy2.const_data_ptr(), tokens, mix.args, plan, sms,
+                                           partial, stream));
+      C10_CUDA_CHECK(launch_gather_slabs(partial, p, plan, raw_A, raw_B, stream));
     } else {
       const at::Tensor G = x.scalar_type() == at::kFloat ? at::mm(dy2.t(), x2) : at::mm(dy2.t(), x2, at::kFloat);
       scratch = at::empty({contract_scratch(p)}, fp32);

@@ -1,0 +1,126 @@
+// What brings data to the products of kron_grad_sm90.cuh: the rings of chunks, the factors and the producers.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda_common.cuh"
+#include "kron_grad_shapes.h"
+#include "sm90.cuh"
+
+namespace moka::cuda {
+
+struct GradLaunch {
+  CUtensorMap t1[kMaxGradGroups];  // [M, S1, L1] in boxes of tokens x P1 x 64
+  CUtensorMap t2[kMaxGradGroups];  // [M, L2, S2] in boxes of tokens x 64 x S2; S2 = 64 only
+  GradPlan plan;
+  const void *f1[kMaxGradGroups][2], *f2[kMaxGradGroups][2];  // null: an empty slot
+  const void *x, *dy;
+  bool factor_fp32;
+  int64_t M;
+};
+
+constexpr int kGradThreads = 3 * 128;
+constexpr int kGradCopyWarps = 3;  // of the producers, for T2
+
+#ifdef MOKA_SM90
+
+// Byte of element (row, column) in a matrix of 64-wide chunks [chunk][rows][64] in the 128-byte swizzle.
+__device__ __forceinline__ int swizzled(int rows, int row, int column) {
+  return (column / 64 * rows + row) * 128 + ((column / 8 ^ row) & 7) * 16 + column % 8 * 2;
+}
+
+// One ring of chunks as one of its readers or its writer sees it.
+template <int kSlots, int kBytes>
+struct Ring {
+  uint32_t data;
+  uint64_t *full, *empty;
+  int slot = 0, phase = 0;
+
+  __device__ uint32_t at() const { return data + slot * kBytes; }
+  __device__ void next() {
+    if (++slot == kSlots) slot = 0, phase ^= 1;
+  }
+};
+
+// A thread block's shared memory.
+template <class C>
+struct Layout {
+  static constexpr int kFactor1 = 0, kFactor2 = kFactor1 + C::kFactor1;
+  static constexpr int kMiddle0 = kFactor2 + C::kFactor2, kMiddle1 = kMiddle0 + C::kMiddle0;
+  static constexpr int kRing1 = C::kFixed, kRing2 = kRing1 + C::kSlots1 * C::kSlot1;
+  static constexpr int kBarriers = kGradSmem - kGradBarriers;
+  using Ring1 = Ring<C::kSlots1, C::kSlot1>;
+  using Ring2 = Ring<C::kSlots2, C::kSlot2>;
+
+  static __device__ uint64_t* barriers(uint8_t* smem) { return reinterpret_cast<uint64_t*>(smem + kBarriers); }
+  static __device__ Ring1 ring1(uint8_t* smem) {
+    uint64_t* b = barriers(smem);
+    return {shared_address(smem + kRing1), b, b + C::kSlots1};
+  }
+  static __device__ Ring2 ring2(uint8_t* smem) {
+    uint64_t* b = barriers(smem) + 2 * C::kSlots1;
+    return {shared_address(smem + kRing2), b, b + C::kSlots2};
+  }
+};
+
+// F1 or F2 [S, L] of one component into rows row0.. of an operand of `rows` rows; natural: it is stored [S, L].
+template <int S, int L, typename TF>
+__device__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, bool natural) {
+  constexpr int kBatch = 32;
+  for (int i0 = threadIdx.x % 128; i0 < S * L; i0 += 128 * kBatch) {
+    float v[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) v[j] = i0 + j * 128 < S * L ? to_float(__ldg(factor + i0 + j * 128)) : 0.f;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = i0 + j * 128, r = natural ? i / L : i % S, l = natural ? i % L : i / S;
+      if (i < S * L)
+        *reinterpret_cast<__nv_bfloat16*>(dst + swizzled(rows, row0 + r, l)) = from_acc<__nv_bfloat16>(v[j]);
+    }
+  }
+}
+
+// One thread: chunks by bulk copies, of T1 (kOperand 1) or T2.
+template <class C, int kOperand, class R>
+__device__ void produce_boxes(const CUtensorMap* map, R ring, int first, int stride, int tiles) {
+  for (int tile = first; tile < tiles; tile += stride) {
+    for (int c = 0; c < (kOperand == 1 ? C::kChunks1 : C::kChunks2); ++c) {
+      barrier_wait(&ring.empty[ring.slot], ring.phase ^ 1);
+      barrier_expect(&ring.full[ring.slot], kOperand == 1 ? C::kSlot1 : C::kSlot2);
+      const int x = kOperand == 1 ? c * 64 : 0, y = kOperand == 1 ? 0 : c * 64;
+      copy_box(ring.at(), map, x, y, tile * C::kTokens, &ring.full[ring.slot]);
+      ring.next();
+    }
+  }
+}
+
+// One of kGradCopyWarps warps: its share of the chunks of T2 with rows of 16 to 64 bytes, for which bulk copies are
+// slow, so that the tokens of a tile lie beside each other.
+template <class C, class R>
+__device__ void produce_rows(const uint8_t* t2, int64_t M, R ring, int warp, int first, int stride, int tiles) {
+  constexpr int kUnits = C::kS2 / 8, kRows = 32 / kUnits;  // 16-byte units of a row; rows of one access of a warp
+  const int lane = threadIdx.x % 32, row = lane / kUnits, unit = lane % kUnits;
+  int n = 0;
+  for (int tile = first; tile < tiles; tile += stride) {
+    for (int c = 0; c < C::kChunks2; ++c, ++n, ring.next()) {
+      if (n % kGradCopyWarps != warp) continue;
+      barrier_wait(&ring.empty[ring.slot], ring.phase ^ 1);
+      const int rows = min(64, C::kL2 - c * 64);
+#pragma unroll
+      for (int t = 0; t < C::kTokens; ++t) {
+        const int64_t token = static_cast<int64_t>(tile) * C::kTokens + t;
+        const bool inside = token < M;
+        const uint8_t* src = t2 + (inside ? (token * C::kL2 + c * 64) * C::kS2 * 2 + lane * 16 : 0);
+        const uint32_t dst = ring.at() + t * C::kS2 / 64 * 8192 + row * 128 + ((t * kUnits + unit ^ row) & 7) * 16;
+#pragma unroll
+        for (int i = 0; i < 64 / kRows; ++i)
+          if (i * kRows < rows) copy_async16(dst + i * kRows * 128, inside ? src + i * 512 : t2, inside ? 16 : 0);
+      }
+      barrier_arrive_after_copies(&ring.full[ring.slot]);
+    }
+  }
+}
+
+#endif  // MOKA_SM90
+
+}  // namespace moka::cuda

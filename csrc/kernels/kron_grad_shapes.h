@@ -1,0 +1,76 @@
+// The component shapes that the Hopper gradient kernel is compiled for, and how a thread block is laid out for each.
+#pragma once
+
+#include "kron_grad_sm90.h"
+
+namespace moka::cuda {
+
+constexpr int kGradSmem = 232448;  // bytes of shared memory a thread block may have
+constexpr int kGradBarriers = 1024;
+
+// Slots for the operand held for a whole tile: its share of the rings' bytes, and some of the next tile's at least.
+constexpr int slots_held(int chunks, int slot, int64_t rings, int64_t other_tile) {
+  const int share = static_cast<int>(rings * chunks * slot / (chunks * slot + other_tile) / slot);
+  const int least = chunks + (chunks > 3 ? chunks / 2 : 1);
+  return share > least ? share : least;
+}
+
+// A token of T1 is a matrix [S1, L1], of T2 a matrix [L2, S2]; kron_grad_sm90.cuh explains.
+template <int S1_, int L1_, int L2_, int S2_>
+struct GradShape {
+  static constexpr int kS1 = S1_, kL1 = L1_, kL2 = L2_, kS2 = S2_;
+  static constexpr int kP1 = S1_ <= 8 ? 8 : S1_ <= 16 ? 16 : S1_ <= 32 ? 32 : S1_ <= 64 ? 64 : 128;  // S1 padded
+  static constexpr int kTokens = 64 / (kP1 < kS2 ? kP1 : kS2);                                       // of a tile
+  static constexpr int kRows1 = kTokens * kP1, kRows2 = kTokens * kS2;                               // 64 or 128
+  static_assert(kL1 % 64 == 0 && kL2 % 16 == 0 && kRows1 % 64 == 0 && kRows2 % 64 == 0);
+
+  // T1 arrives in chunks of 64 columns, T2 in chunks of 64 rows.
+  static constexpr int kChunks1 = kL1 / 64, kChunks2 = (kL2 + 63) / 64;
+  static constexpr int kSlot1 = kRows1 * 128, kSlot2 = kRows2 * 128;
+
+  // Shared memory: both components' factors, side by side, the intermediates, and a ring of chunks of each T.
+  static constexpr int kFactor1 = kChunks1 * 2 * kS2 * 128, kFactor2 = kChunks2 * 2 * kP1 * 128;
+  static constexpr int kMiddle0 = kRows2 * 2 * kP1 * 2, kMiddle1 = kRows1 * 2 * kS2 * 2;
+  static constexpr int kFixed = kFactor1 + kFactor2 + kMiddle0 + kMiddle1;
+  static constexpr int kRings = kGradSmem - kGradBarriers - kFixed;
+
+  // The operand with fewer bytes in a tile is held, the other flows.
+  static constexpr int kTile1 = kChunks1 * kSlot1, kTile2 = kChunks2 * kSlot2;
+  static constexpr bool kHolds1 = kTile1 < kTile2;
+  static constexpr int kHeld =
+      kHolds1 ? slots_held(kChunks1, kSlot1, kRings, kTile2) : slots_held(kChunks2, kSlot2, kRings, kTile1);
+  static constexpr int kSlots1 = kHolds1 ? kHeld : (kRings - kHeld * kSlot2) / kSlot1;
+  static constexpr int kSlots2 = kHolds1 ? (kRings - kHeld * kSlot1) / kSlot2 : kHeld;
+  static constexpr int kUsed = kFixed + kSlots1 * kSlot1 + kSlots2 * kSlot2;
+  static_assert(kSlots1 >= 3 && kSlots2 >= 2 && 2 * (kSlots1 + kSlots2) * 8 <= kGradBarriers);
+
+  static constexpr double cost();  // of a token, relative
+};
+
+template <class... Shapes>
+struct GradFamily {};
+
+// Shapes that moka/shapes.py plans, without the mirrored ones.
+using GradSquare = GradFamily<GradShape<16, 256, 256, 16>, GradShape<32, 128, 128, 32>, GradShape<64, 64, 64, 64>>;
+// 14336 x 4096 and 4096 x 14336
+using GradMlp = GradFamily<GradShape<28, 512, 256, 16>, GradShape<56, 256, 128, 32>, GradShape<112, 128, 64, 64>,
+                           GradShape<32, 128, 224, 64>, GradShape<16, 256, 448, 32>>;
+// 1024 x 4096
+using GradKv = GradFamily<GradShape<8, 128, 256, 16>, GradShape<16, 64, 128, 32>, GradShape<64, 64, 32, 32>,
+                          GradShape<32, 128, 64, 16>, GradShape<16, 256, 128, 8>>;
+
+// Cycles of one 64 x n x 16 wgmma: its multiply-adds, or reading its operands from shared memory.
+constexpr double wgmma_cycles(int n) { return n / 2 > 16 + n / 4 ? n / 2 : 16 + n / 4; }
+
+template <int S1, int L1, int L2, int S2>
+constexpr double GradShape<S1, L1, L2, S2>::cost() {
+  const auto product = [](int rows, int n, int k) {
+    const int blocks = n > 128 ? 2 : 1;
+    return blocks * wgmma_cycles(n / blocks) * (rows / 64) * (k / 16);
+  };
+  return (product(kRows1, 2 * kS2, kL1) + product(kChunks2 * 64, 2 * kP1, kRows2) + product(kRows2, 2 * kP1, kL2) +
+          product(kL1, 2 * kS2, kRows1)) /
+         kTokens;
+}
+
+}  // namespace moka::cuda
