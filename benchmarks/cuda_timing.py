@@ -22,7 +22,7 @@ from timing import Timing, summary
 from torch import Tensor
 
 Call = Callable[[], Any]
-CALLS = 6  # in one turn
+CALLS = 20  # in one turn
 
 
 def cold_calls(
@@ -30,21 +30,19 @@ def cold_calls(
 ) -> dict[str, Timing]:
     """Times single calls; before each, outside the timed span, the L2 is overwritten and gradients dropped.
 
-    Variants take turns of a few calls, each turn begun with work that lets the host run ahead, as it does in
-    training. A call whose host work takes longer than its kernels shows the host's time.
+    Variants take turns of several calls, none waited for, so that the host runs ahead where it can. A call
+    whose host work takes longer than its kernels shows the host's time.
 
     Args:
         variants: name -> what to call.
         leaves: tensors whose `.grad` is set to None before each call.
-        seconds: for all variants together; at least 2 turns, at most 10.
+        seconds: for all variants together; at least 2 turns, at most 4.
     """
     leaves = list(leaves)
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
     def turn(call: Call, count: int) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
         pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
-        for _ in range(10):
-            flush.zero_()
         for start, end in pairs:
             for leaf in leaves:
                 leaf.grad = None
@@ -61,7 +59,7 @@ def cold_calls(
     for call in variants.values():
         turn(call, CALLS)
     torch.cuda.synchronize()
-    turns = min(10, max(2, round(seconds / (time.perf_counter() - began))))
+    turns = min(4, max(2, round(seconds / (time.perf_counter() - began))))
     taken = {name: [] for name in variants}
     for _ in range(turns):
         for name, call in variants.items():

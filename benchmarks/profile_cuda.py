@@ -81,7 +81,7 @@ def work() -> None:
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
     for name, call in calls.items():
-        with torch.cuda.nvtx.range(name):
+        with torch.cuda.nvtx.range(f"@{name}@"):
             call()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
@@ -102,13 +102,10 @@ def kernels(text: str) -> Iterator[tuple[str, str, dict[str, float]]]:
     for row in csv.DictReader(text[text.index('"ID"') :].splitlines()):
         if not row["ID"].isdigit():
             continue  # units, messages
-        ranges = " ".join(value for key, value in row.items() if key and "Push/Pop" in key and value)
-        operation = re.sub(r"^<default domain>:|(:none)+$", "", ranges.strip('" '))
-        yield (
-            operation,
-            short_name(row["Kernel Name"]),
-            {key: float(row[metric].replace(",", "")) for key, metric in METRICS.items()},
-        )
+        kernel = row.pop("Kernel Name")
+        operation = re.search("@([^@]+)@", " ".join(value for value in row.values() if value))
+        values = {key: float(row[metric].replace(",", "")) for key, metric in METRICS.items()}
+        yield operation[1] if operation else "", short_name(kernel), values
 
 
 def short_name(kernel: str) -> str:
@@ -141,7 +138,9 @@ def main() -> None:
         return work()
     if args.folder is None:
         options.error("folder is missing")
-    launches = list(kernels(run_ncu()))
+    text = run_ncu()
+    (args.folder / "ncu.csv").write_text(text)
+    launches = list(kernels(text))
     copy, matmul = (
         max((m for operation, _, m in launches if operation == name), key=lambda m: m["ns"])
         for name in ("copy", "matmul")

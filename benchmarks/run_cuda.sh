@@ -7,10 +7,11 @@ out=$(realpath "${1:?usage: run_cuda.sh RESULTS_FOLDER [MODEL DATA]}")
 here=$(dirname "$0")
 failed=
 run() { echo "== $*"; python3 "$here/$@" || failed="$failed $1"; }
-run bench_cuda.py "$out"
+run bench_cuda.py "$out" --only decode forward dequantize training
 run bench_model.py "$out"
 run profile_cuda.py "$out"
 [ $# -lt 3 ] || run parity.py "$2" "$3" "$out"
 export PYTHONPATH="${PYTHONPATH:-}:${UNSLOTH_PATH:-}"
 run bench_unsloth.py "$out"
+run bench_cuda.py "$out" --only compiled  # compiling takes a minute or more
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

@@ -79,7 +79,7 @@ def test_profile_reads_ncu(results):
     span = "thread Domain:Push/Pop_Range:PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg"
     columns = ["ID", "Kernel Name", span, *profile_cuda.METRICS.values()]
     kernel = "void moka::cuda::<unnamed>::build_kernel<(int)4, float>(moka::Args)"
-    launch = ["0", kernel, "<default domain>:dequantize:none:none:none:none:none:none"]
+    launch = ["0", kernel, "<default domain>:@dequantize@:none:none:none:none:none:none"]
     lines = [columns, ["", "", "", *["ns"] * 6], [*launch, "2,000", "3,000", "1,000", "50", "25", "64"]]
     text = "".join(",".join(f'"{cell}"' for cell in line) + "\n" for line in lines)
     (found,) = profile_cuda.kernels(f"==PROF== Connected\n{text}==PROF== Disconnected\n")
