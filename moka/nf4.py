@@ -147,15 +147,18 @@ def dynamic_code() -> Tensor:
 def quantize_absmax(centered: Tensor, code2: Tensor) -> tuple[Tensor, Tensor]:
     """Quantizes `absmax - offset` to 8 bits in blocks of 256: codes `[n]` uint8 and second absmax, fp32.
 
-    Like bitsandbytes on the CPU, a value is first rounded to one of 65536 steps over [-1, 1] and then to the
-    code nearest to that step, so that the stored bytes agree.
+    A value becomes the nearest code. Like bitsandbytes, so that the stored bytes agree, the CPU first rounds
+    it to one of 65536 steps over [-1, 1]; the GPU does not. There the reciprocal of bitsandbytes is
+    approximate: it may send a value in the middle of two codes to the other one.
     """
     n = centered.numel()
     blocks = torch.nn.functional.pad(centered, (0, -n % BLOCKSIZE2)).view(-1, BLOCKSIZE2)
     absmax2 = blocks.abs().amax(1)
     scaled = blocks * (1.0 / absmax2.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
-    step = ((scaled + 1.0) * 32767.5 + 0.5).int()
-    nearest = torch.bucketize(step.double() / 32767.5 - 1.0, (code2[:-1] + code2[1:]).double() / 2)
+    middles = (code2[:-1] + code2[1:]).double() / 2
+    if not centered.is_cuda:
+        scaled = ((scaled + 1.0) * 32767.5 + 0.5).int().double() / 32767.5 - 1.0
+    nearest = torch.bucketize(scaled.double(), middles)
     return nearest.to(torch.uint8).flatten()[:n].contiguous(), absmax2
 
 

@@ -107,6 +107,18 @@ def plain(layer, x, bias, transpose, mixture, path):
     return y + x @ (update if transpose else update.T)
 
 
+def test_double_quantization_is_bitsandbytes():
+    """But for values in the middle of two codes: its approximate reciprocal may send them to the other."""
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    w = torch.randn(4096, 4096)
+    packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    ours = nf4.quantize(w, double_quant=True)
+    assert torch.equal(ours.packed, packed.view(-1))
+    assert torch.equal(ours.absmax2, state.state2.absmax) and torch.equal(ours.offset, state.offset)
+    steps = (ours.absmax.int() - state.absmax.int()).abs()
+    assert steps.max() <= 1 and (steps > 0).float().mean() < 1e-4
+
+
 def test_linear_exact():
     """Codes -1, 0 and 1, scales that are powers of two: bits must agree at every token count."""
     layer = make_layer("square", double_quant=False, make=integers)
@@ -173,11 +185,10 @@ def test_strides_and_alignment(dtype):
     want = layer.product(m.x[:3])
     assert_close_by_rule(layer.linear(m.x[:3]), want, y, dtype, roundings(m.x, "auto"))
     layer.A, layer.B = moved(layer.A), moved(layer.B)
-    merged = ops.nf4_dequantize(*args, dtype, *layer.mixture)
-    assert_close_by_rule(merged, layer.dense(), layer.dense().to(dtype), dtype)
+    assert_close_by_rule(ops.nf4_dequantize(*args, dtype, *layer.mixture), layer.dense(), None, dtype)
     m.A, m.B = moved(m.A), moved(m.B)
     for got, want in zip(m.grad(), m.reference_grad(), strict=True):
-        assert_close_by_rule(got, want, None, torch.float32, reduces_tokens=True)
+        assert_close_by_rule(got.to(dtype), want, None, dtype, roundings=2, reduces_tokens=True)
 
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0)])
@@ -230,7 +241,7 @@ def test_a_large_weight(much_memory):
 def test_a_large_merged_weight(mb, much_memory):
     m = Mixture([(ROWS // mb, 64, mb, 64)], 1, torch.bfloat16)
     merged = m.add_to(torch.zeros(ROWS, WIDTH, dtype=torch.bfloat16))
-    ((A, B),) = reference.split_factors(m.A.double(), m.B.double(), m.shapes)
+    A, B = m.A.double().view(-1, 64), m.B.double().view(mb, 64)
     want = m.alpha.double() * torch.stack([torch.kron(A[row // mb], B[row % mb]) for row in SAMPLED])
     assert_close_by_rule(merged[SAMPLED], want, None, torch.bfloat16)
 
@@ -247,4 +258,4 @@ def test_many_tokens(much_memory):
     parts = [grad(*pair) for pair in zip(x.chunk(4), y.chunk(4), strict=True)]
     for got, *terms in zip(grad(x, y), *parts, strict=True):
         want = sum(t.double() for t in terms)
-        assert_close_by_rule(got, want, None, torch.float32, reduces_tokens=True)
+        assert_close_by_rule(got.bfloat16(), want, None, torch.bfloat16, roundings=2)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import moka
-from helpers import assert_close_by_rule
+from helpers import BACKENDS, assert_close_by_rule
 from moka import MokaConfig
 from moka.bases import NF4Linear
 from moka.errors import ConfigError, StateError
@@ -267,10 +267,11 @@ def test_state_dict_round_trip_and_deepcopy(kind, device):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracer
 @pytest.mark.parametrize("kind", ["linear", "nf4_double", "bitsandbytes"])
-def test_an_adapted_block_compiles_into_one_graph(kind, device):
+@pytest.mark.parametrize("device", ["cpu", BACKENDS[-1]])  # as a default it would be part of what is compiled
+def test_an_adapted_block_compiles_into_one_graph(device, kind):
     torch._dynamo.reset()
     block = nn.Sequential(make_layer(kind), nn.SiLU(), nn.Linear(N, K), make_layer(kind, gate_dropout=0.0))
-    x = torch.randn(20, K)
+    block, x = block.to(device), torch.randn(20, K, device=device)
     results = []
     for function in (torch.compile(block, fullgraph=True, backend="aot_eager"), block):
         block.zero_grad()

@@ -35,6 +35,7 @@ __global__ void quantize_kernel(const T* w, int64_t numel, int64_t blocksize, ui
   for (int64_t e = begin + lane; e < end; e += kLanes) largest = fmaxf(largest, fabsf(to_float(w[e])));
 #pragma unroll
   for (int offset = kLanes / 2; offset; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+  largest = multiply(largest, 1.f);
   if (lane == 0) absmax[block] = largest;
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(largest));
