@@ -182,30 +182,6 @@ __global__ void contract_generic_kernel(const float* G, Factors<TF> f, const __g
   }
 }
 
-struct SlabGroups {
-  GradPlan plan;
-  int a_numel[kMaxGradGroups], b_numel[kMaxGradGroups];
-  int a_offset[kMaxGradGroups][2], b_offset[kMaxGradGroups][2];
-};
-
-// One thread per entry of a slab; blockIdx.y is the group.
-__global__ void gather_slabs_kernel(const float* partial, const __grid_constant__ SlabGroups p, float* raw_A,
-                                    float* raw_B) {
-  const int g = blockIdx.y, e = blockIdx.x * blockDim.x + threadIdx.x;
-  const GradGroup& group = p.plan.group[g];
-  const int a = p.a_numel[g], b = p.b_numel[g];
-  if (e >= 2 * (a + b)) return;
-  const bool side_a = e < 2 * a;
-  const int in_side = side_a ? e : e - 2 * a, numel = side_a ? a : b, copy = in_side >= numel;
-  if (copy && group.second < 0) return;
-  const float* slab = partial + group.cta_begin * p.plan.slab + e;
-  float sum = 0.f;
-#pragma unroll 8
-  for (int c = 0; c < group.cta_count; ++c) sum += __ldg(slab + c * p.plan.slab);
-  float* out = side_a ? raw_A + p.a_offset[g][copy] : raw_B + p.b_offset[g][copy];
-  out[in_side - copy * numel] = sum;
-}
-
 constexpr int kFinishThreads = 1024;
 
 // One thread block per component.
@@ -312,25 +288,6 @@ cudaError_t launch_contract(const float* G, const MixtureArgs& mix, float* scrat
     default:
       return contract<float>(G, mix, scratch, raw_A, raw_B, stream);
   }
-}
-
-cudaError_t launch_gather_slabs(const float* partial, const KronParams& mixture, const GradPlan& plan, float* raw_A,
-                                float* raw_B, cudaStream_t stream) {
-  SlabGroups p;
-  p.plan = plan;
-  for (int g = 0; g < plan.count; ++g) {
-    const int pair[2] = {plan.group[g].first, plan.group[g].second < 0 ? plan.group[g].first : plan.group[g].second};
-    for (int i = 0; i < 2; ++i) {
-      const KronComponent& c = mixture.components[pair[i]];
-      p.a_numel[g] = static_cast<int>(c.ma * c.na);
-      p.b_numel[g] = static_cast<int>(c.mb * c.nb);
-      p.a_offset[g][i] = static_cast<int>(c.a_offset);
-      p.b_offset[g][i] = static_cast<int>(c.b_offset);
-    }
-  }
-  const dim3 grid(static_cast<unsigned>(ceil_div(plan.slab, 128)), static_cast<unsigned>(plan.count));
-  gather_slabs_kernel<<<grid, 128, 0, stream>>>(partial, p, raw_A, raw_B);
-  return cudaGetLastError();
 }
 
 cudaError_t launch_finish_grads(const float* raw_A, const float* raw_B, const MixtureArgs& mix, void* grad_A,

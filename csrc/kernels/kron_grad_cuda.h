@@ -18,13 +18,13 @@ int64_t contract_scratch(const KronParams& mixture);
 cudaError_t launch_contract(const float* G, const MixtureArgs& mix, float* scratch, float* raw_A, float* raw_B,
                             cudaStream_t stream);
 
-// Adds the slabs that launch_kron_grad_sm90 left.
-cudaError_t launch_gather_slabs(const float* partial, const KronParams& mixture, const GradPlan& plan, float* raw_A,
-                                float* raw_B, cudaStream_t stream);
-
 // grad_A = alpha raw_A, grad_B = alpha raw_B in the factors' dtype, grad_alpha_i = <raw_A_i, A_i> in fp32; a null
 // output is left out.
 cudaError_t launch_finish_grads(const float* raw_A, const float* raw_B, const MixtureArgs& mix, void* grad_A,
+                                void* grad_B, float* grad_alpha, cudaStream_t stream);
+
+// The same from the slabs that launch_kron_grad_sm90 left; every output is needed.
+cudaError_t launch_finish_slabs(const float* partial, const MixtureArgs& mix, const GradPlan& plan, void* grad_A,
                                 void* grad_B, float* grad_alpha, cudaStream_t stream);
 
 }  // namespace moka::cuda

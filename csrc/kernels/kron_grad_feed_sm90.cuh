@@ -11,7 +11,7 @@ namespace moka::cuda {
 
 struct GradLaunch {
   CUtensorMap t1[kMaxGradGroups];  // [M, S1, L1] in boxes of tokens x P1 x 64
-  CUtensorMap t2[kMaxGradGroups];  // [M, L2, S2] in boxes of tokens x 64 x S2; S2 = 64 only
+  CUtensorMap t2[kMaxGradGroups];  // [M, kMapRows2, 64] in boxes of tokens x 64 x 64
   GradPlan plan;
   const void *f1[kMaxGradGroups][2], *f2[kMaxGradGroups][2];  // null: an empty slot
   const void *x, *dy;

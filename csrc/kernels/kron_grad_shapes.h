@@ -44,14 +44,26 @@ struct GradShape {
   static constexpr int kUsed = kFixed + kSlots1 * kSlot1 + kSlots2 * kSlot2;
   static_assert(kSlots1 >= 3 && kSlots2 >= 2 && 2 * (kSlots1 + kSlots2) * 8 <= kGradBarriers);
 
+  // A tensor map sees a token of T2 as so many rows of 64; none when its rows are shorter.
+  static constexpr int kMapRows2 = kS2 == 64 ? kL2 : 0;
+
   static constexpr double cost();  // of a token, relative
+};
+
+// The same for kron_grad_square_sm90.cu: S1 = S2 = S, L1 = L2 = 4096 / S.
+template <int S>
+struct GradSquareShape {
+  static constexpr int kS1 = S, kL1 = 4096 / S, kL2 = kL1, kS2 = S, kP1 = S, kTokens = 64 / S, kMapRows2 = 64;
+
+  static constexpr double cost() { return S == 64 ? 1020 : S == 32 ? 540 : 460; }  // cycles, measured on an H200
 };
 
 template <class... Shapes>
 struct GradFamily {};
 
 // Shapes that moka/shapes.py plans, without the mirrored ones.
-using GradSquare = GradFamily<GradShape<16, 256, 256, 16>, GradShape<32, 128, 128, 32>, GradShape<64, 64, 64, 64>>;
+// 4096 x 4096
+using GradSquare = GradFamily<GradSquareShape<16>, GradSquareShape<32>, GradSquareShape<64>>;
 // 14336 x 4096 and 4096 x 14336
 using GradMlp = GradFamily<GradShape<28, 512, 256, 16>, GradShape<56, 256, 128, 32>, GradShape<112, 128, 64, 64>,
                            GradShape<32, 128, 224, 64>, GradShape<16, 256, 448, 32>>;

@@ -6,14 +6,14 @@ namespace moka::cuda {
 namespace {
 
 struct ShapeRow {
-  int s1, l1, l2, s2, padded, tokens;
+  int s1, l1, l2, s2, padded, tokens, map_rows2;
   double cost;  // of one token, relative
 };
 
 template <class... Shapes>
 const ShapeRow* table(GradFamily<Shapes...>, int* count) {
-  static constexpr ShapeRow rows[] = {
-      {Shapes::kS1, Shapes::kL1, Shapes::kL2, Shapes::kS2, Shapes::kP1, Shapes::kTokens, Shapes::cost()}...};
+  static constexpr ShapeRow rows[] = {{Shapes::kS1, Shapes::kL1, Shapes::kL2, Shapes::kS2, Shapes::kP1, Shapes::kTokens,
+                                       Shapes::kMapRows2, Shapes::cost()}...};
   *count = sizeof...(Shapes);
   return rows;
 }
@@ -131,7 +131,7 @@ cudaError_t launch_kron_grad_sm90(const void* x, const void* dy, int64_t M, cons
     const GradGroup& group = plan.group[g];
     const ShapeRow& s = shapes[group.shape];
     const bool ok = encode(&p.t1[g], group.mirrored ? x : dy, M, s.s1, s.l1, s.tokens, s.padded) &&
-                    (s.s2 < 64 || encode(&p.t2[g], group.mirrored ? dy : x, M, s.l2, s.s2, s.tokens, 64));
+                    (!s.map_rows2 || encode(&p.t2[g], group.mirrored ? dy : x, M, s.map_rows2, 64, s.tokens, 64));
     if (!ok) return cudaErrorInvalidValue;
     const int pair[2] = {group.first, group.second};
     for (int i = 0; i < 2; ++i) {

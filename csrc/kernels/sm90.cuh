@@ -87,6 +87,10 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Registers of each thread of this warpgroup, from the share that the kernel was launched with.
 template <int kCount>
 __device__ __forceinline__ void set_registers_up() {
@@ -126,18 +130,18 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const float* d)
 #define MOKA_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define MOKA_R16 MOKA_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define MOKA_R32 MOKA_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define MOKA_R64                                                           \
-  MOKA_R32                                                                 \
-  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48"   \
+#define MOKA_R64                                                         \
+  MOKA_R32                                                               \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48" \
   ",%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // The accumulator d of 64 x N floats: N/2 registers of each of the warpgroup's 128 threads.
-#define MOKA_WGMMA(N, REGS, OUTPUTS, A, B, P, TRANS, ...)                                        \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                            \
-               ", 0;\n"                                                                          \
-               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32.bf16.bf16 {" REGS "}, " A ", %" B  \
-               ", p, 1, 1, " TRANS ";\n}\n"                                                      \
-               : OUTPUTS                                                                         \
+#define MOKA_WGMMA(N, REGS, OUTPUTS, A, B, P, TRANS, ...)                                                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                                               \
+               ", 0;\n"                                                                                             \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32.bf16.bf16 {" REGS "}, " A ", %" B ", p, 1, 1, " TRANS \
+               ";\n}\n"                                                                                             \
+               : OUTPUTS                                                                                            \
                : __VA_ARGS__)
 
 // d = a b (+ d) in bf16. a is 64 x 16, with kTransA stored with its 64 rows contiguous; b is N x 16, 16 contiguous,

@@ -85,24 +85,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
     const cudaStream_t stream = current_stream();
     const KronParams& p = mix.args.shapes;
     const auto fp32 = mix.A.options().dtype(at::kFloat);
-    at::Tensor raw = at::empty({mix.shapes.a_numel + mix.shapes.b_numel}, fp32), scratch;
-    float *raw_A = raw.mutable_data_ptr<float>(), *raw_B = raw_A + mix.shapes.a_numel;
+    void *grad_A = g.A.mutable_data_ptr(), *grad_B = g.B.mutable_data_ptr();
+    float* grad_alpha = g.alpha.mutable_data_ptr<float>();
     GradPlan plan;
     if (choose_grad(tokens, p, x.scalar_type(), &plan) == GradKernel::kFactoredSm90) {
       const int sms = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-      scratch = at::empty({sms * plan.slab}, fp32);
+      at::Tensor scratch = at::empty({sms * plan.slab}, fp32);
       float* partial = scratch.mutable_data_ptr<float>();
       C10_CUDA_CHECK(launch_kron_grad_sm90(x2.const_data_ptr(), dy2.const_data_ptr(), tokens, mix.args, plan, sms,
                                            partial, stream));
-      C10_CUDA_CHECK(launch_gather_slabs(partial, p, plan, raw_A, raw_B, stream));
+      C10_CUDA_CHECK(launch_finish_slabs(partial, mix.args, plan, grad_A, grad_B, grad_alpha, stream));
     } else {
       const at::Tensor G = x.scalar_type() == at::kFloat ? at::mm(dy2.t(), x2) : at::mm(dy2.t(), x2, at::kFloat);
-      scratch = at::empty({contract_scratch(p)}, fp32);
+      at::Tensor raw = at::empty({mix.shapes.a_numel + mix.shapes.b_numel}, fp32);
+      at::Tensor scratch = at::empty({contract_scratch(p)}, fp32);
+      float *raw_A = raw.mutable_data_ptr<float>(), *raw_B = raw_A + mix.shapes.a_numel;
       C10_CUDA_CHECK(launch_contract(G.const_data_ptr<float>(), mix.args, scratch.mutable_data_ptr<float>(), raw_A,
                                      raw_B, stream));
+      C10_CUDA_CHECK(launch_finish_grads(raw_A, raw_B, mix.args, grad_A, grad_B, grad_alpha, stream));
     }
-    C10_CUDA_CHECK(launch_finish_grads(raw_A, raw_B, mix.args, g.A.mutable_data_ptr(), g.B.mutable_data_ptr(),
-                                       g.alpha.mutable_data_ptr<float>(), stream));
   }
   return {pick(need_A, g.A, A), pick(need_B, g.B, B), pick(need_alpha, g.alpha, alpha)};
 }
