@@ -151,6 +151,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     options.add_argument("folder", type=Path)
     options.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    options.add_argument("--layers", nargs="+", help="of these sizes alone, such as 4096x4096")
     options.add_argument("--quick", action="store_true", help="fewer sizes and peers, one layer")
     args = options.parse_args()
     torch.manual_seed(0)
@@ -159,6 +160,8 @@ def main() -> None:
         began = time.perf_counter()
         table = Table(args.folder / f"cuda_{section}.csv", about)
         for N, K in list(COPIES)[: 1 if args.quick else None]:
+            if args.layers and f"{N}x{K}" not in args.layers:
+                continue
             with torch.set_grad_enabled(section in ("training", "compiled")):
                 for tokens, timings in SECTIONS[section](N, K, args.quick):
                     for what, t in timings.items():

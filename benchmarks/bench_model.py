@@ -13,6 +13,7 @@ Writes FOLDER/model.csv.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +54,8 @@ def dense(layers: int) -> Any:
     return model.requires_grad_(False).train()
 
 
-def bitsandbytes(layers: int) -> Any:
+def bitsandbytes(model: Any) -> Any:
     """The model with its linear layers, but for the output's, in bitsandbytes' NF4."""
-    model = dense(layers)
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or path == "lm_head":
             continue
@@ -82,23 +82,24 @@ def mixture(model: Any, targets: Any) -> Any:
     return moka.inject(model, moka.MokaConfig(target_modules=targets, r=10))
 
 
-ROWS: dict[str, Callable[[int], Any]] = {
-    "frozen bf16": dense,
+#: Name -> what makes the row's model of a dense one.
+ROWS: dict[str, Callable[[Any], Any]] = {
+    "frozen bf16": lambda model: model,
     "frozen NF4, bitsandbytes": bitsandbytes,
-    "frozen NF4, moka": lambda n: moka.quantize(dense(n)),
-    "peft QLoRA, q and v, r=64": lambda n: lora(bitsandbytes(n), QV, 64),
-    "peft QLoRA, all linear, r=16": lambda n: lora(bitsandbytes(n), "all-linear", 16),
-    "moka, q and v, bitsandbytes base": lambda n: mixture(bitsandbytes(n), QV),
-    "moka, q and v, moka base": lambda n: mixture(moka.quantize(dense(n)), QV),
-    "moka, all linear, bitsandbytes base": lambda n: mixture(bitsandbytes(n), "all-linear"),
-    "moka, all linear, moka base": lambda n: mixture(moka.quantize(dense(n)), "all-linear"),
+    "frozen NF4, moka": moka.quantize,
+    "peft QLoRA, q and v, r=64": lambda model: lora(bitsandbytes(model), QV, 64),
+    "peft QLoRA, all linear, r=16": lambda model: lora(bitsandbytes(model), "all-linear", 16),
+    "moka, q and v, bitsandbytes base": lambda model: mixture(bitsandbytes(model), QV),
+    "moka, q and v, moka base": lambda model: mixture(moka.quantize(model), QV),
+    "moka, all linear, bitsandbytes base": lambda model: mixture(bitsandbytes(model), "all-linear"),
+    "moka, all linear, moka base": lambda model: mixture(moka.quantize(model), "all-linear"),
 }
 
 
-def measure(model: Any, vocabulary: int, count: int) -> dict[str, Any]:
-    """Time, memory and size of one model's training step."""
+def measure(model: Any, count: int, held: int = 0) -> dict[str, Any]:
+    """Time, memory and size of one model's training step; `held`: bytes in use that are not the model's."""
     model.enable_input_require_grads()
-    ids = torch.randint(0, vocabulary, (BATCH, LENGTH), device="cuda")
+    ids = torch.randint(0, 128000, (BATCH, LENGTH), device="cuda")
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:
@@ -111,7 +112,7 @@ def measure(model: Any, vocabulary: int, count: int) -> dict[str, Any]:
     return {
         "ms": round(t.median_ms, 2), "p20_ms": round(t.p20_ms, 2), "p80_ms": round(t.p80_ms, 2),
         "tokens_s": round(BATCH * LENGTH / t.median_ms * 1e3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_gib": round((torch.cuda.max_memory_allocated() - held) / 2**30, 2),
         "trained": sum(p.numel() for p in trained),
     }  # fmt: skip
 
@@ -137,15 +138,18 @@ def main() -> None:
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 
             apply_liger_kernel_to_llama()
+        original = dense(args.layers)
+        held = torch.cuda.memory_allocated()
         for name, make in ROWS.items():
             if not any(text in name for text in args.only):
                 continue
-            model = make(args.layers)
+            model = make(copy.deepcopy(original))
             with torch.cuda.nvtx.range(name):
-                figures = measure(model, 128000, args.steps)
+                figures = measure(model, args.steps, held)
             table.add(run=name, liger=int(liger), layers=args.layers, tokens=BATCH * LENGTH, **figures)
             del model
             release()
+        del original
 
 
 if __name__ == "__main__":

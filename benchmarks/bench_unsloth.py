@@ -32,8 +32,9 @@ def save_base(folder: str, layers: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
-def load(layers: int, targets: list[str], r: int) -> Any:
+def load(layers: int, r: int) -> Any:
     """Unsloth's QLoRA model, ready to train."""
+    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     with tempfile.TemporaryDirectory() as folder:
         save_base(folder, layers)
         model, _ = unsloth.FastLanguageModel.from_pretrained(
@@ -54,21 +55,13 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=8)
     options.add_argument("--steps", type=int, default=8, help="timed steps of each row")
     args = options.parse_args()
-    count = bench_model.BATCH * bench_model.LENGTH
-    every = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    rows = {
-        "Unsloth QLoRA, q and v, r=64": (bench_model.QV, 64),
-        "Unsloth QLoRA, all linear, r=16": (every, 16),
-    }
     about = facts("peft", "transformers", "unsloth", "unsloth_zoo", "trl", "triton") | ceilings()
     table = Table(args.folder / "model_unsloth.csv", about)
-    for name, (targets, r) in rows.items():
-        model = load(args.layers, targets, r)
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            figures = bench_model.measure(model, 128000, args.steps)
-        table.add(run=name, liger=0, layers=args.layers, tokens=count, **figures)
-        del model
-        bench_model.release()
+    model = load(args.layers, r=16)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        figures = bench_model.measure(model, args.steps)
+    tokens = bench_model.BATCH * bench_model.LENGTH
+    table.add(run="Unsloth QLoRA, all linear, r=16", liger=0, layers=args.layers, tokens=tokens, **figures)
 
 
 if __name__ == "__main__":

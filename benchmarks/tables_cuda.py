@@ -120,13 +120,13 @@ def profile_table() -> str:
     lines = [
         [
             row["operation"], f"`{row['kernel']}`", microseconds(row),
-            *(f"{100 * float(row[share]):.0f}" for share in ("dram_share", "tensor_share", "issue_share")),
+            *(f"{100 * float(row[share]):.0f}" for share in ("memory_share", "tensor_share", "issue_share")),
             row["registers"],
         ]
         for row in rows
         if row["operation"] not in ("copy", "matmul")
     ]  # fmt: skip
-    header = ["4096 x 4096", "kernel", "us", "DRAM, %", "tensor cores, %", "issue, %", "registers"]
+    header = ["4096 x 4096", "kernel", "us", "memory, %", "tensor cores, %", "issue, %", "registers"]
     return markdown(header, lines) + machine(rows)
 
 
