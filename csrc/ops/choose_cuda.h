@@ -6,13 +6,23 @@
 
 #include "kernels/decode_cuda.h"
 #include "kernels/kron_grad_sm90.h"
+#include "kernels/nf4_gemm_sm90.h"
 
 namespace moka::cuda {
 
-enum class LinearKernel { kDecode, kBuild };
+enum class LinearKernel { kDecode, kGemmSm90, kBuild };
 enum class GradKernel { kFactoredSm90, kContract };
 
-inline const char* name(LinearKernel k) { return k == LinearKernel::kDecode ? "decode" : "build + cuBLAS"; }
+inline const char* name(LinearKernel k) {
+  switch (k) {
+    case LinearKernel::kDecode:
+      return "decode";
+    case LinearKernel::kGemmSm90:
+      return "wgmma";
+    default:
+      return "build + cuBLAS";
+  }
+}
 inline const char* name(GradKernel k) { return k == GradKernel::kFactoredSm90 ? "factored, wgmma" : "G + contraction"; }
 
 inline bool sixteen_bit(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
@@ -20,9 +30,14 @@ inline bool sixteen_bit(at::ScalarType t) { return t == at::kHalf || t == at::kB
 // y = W x: few tokens read the 4-bit weight directly, many go through a dense copy and cuBLAS.
 inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const MixtureArgs& mix, at::ScalarType dtype,
                                   bool transpose) {
-  const int64_t most = mix.shapes.r ? kMaxDecodeTokensMixture : kMaxDecodeTokens;
-  const bool few = tokens <= most && !transpose && sixteen_bit(dtype) && decode_supports(w) && decode_supports(mix);
-  return few ? LinearKernel::kDecode : LinearKernel::kBuild;
+  if (transpose || !sixteen_bit(dtype)) return LinearKernel::kBuild;
+  const bool hopper = at::cuda::getCurrentDeviceProperties()->major == 9, mixed = mix.shapes.r > 0;
+  const bool few = decode_supports(w) && decode_supports(mix);
+  if (few && tokens <= (mixed ? kMaxDecodeTokensMixture : 16)) return LinearKernel::kDecode;
+  // up to 512 tokens, and 128 of a small weight, whose dense copy is quickly made
+  if (hopper && !mixed && tokens <= (w.N * w.K < 1 << 23 ? 128 : 512) && nf4_gemm_supports(w))
+    return LinearKernel::kGemmSm90;
+  return few && !mixed && tokens <= kMaxDecodeTokens ? LinearKernel::kDecode : LinearKernel::kBuild;
 }
 
 // Parameter gradients: through the factors where the Hopper kernel knows the shapes, else from G = dY^T X.

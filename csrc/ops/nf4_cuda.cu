@@ -76,12 +76,20 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
     check_bias(*bias, out, x);
     b = bias->to(x.scalar_type()).contiguous();
   }
-  if (path != "merged" && tokens > 0 &&
-      choose_linear(tokens, w.params, mix.args, x.scalar_type(), transpose) == LinearKernel::kDecode) {
+  const void* bias_data = b ? b->const_data_ptr() : nullptr;
+  const MixtureArgs args = mix.A.defined() ? mix.args : MixtureArgs{};
+  const auto kernel =
+      tokens == 0 ? LinearKernel::kBuild : choose_linear(tokens, w.params, args, x.scalar_type(), transpose);
+  if (kernel == LinearKernel::kGemmSm90) {
     at::Tensor y = at::empty({tokens, out}, x.options());
-    const at::Tensor scratch = at::empty({decode_scratch(mix.args.shapes, tokens)}, x.options().dtype(at::kFloat));
-    C10_CUDA_CHECK(launch_decode(x2.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w.params,
-                                 b ? b->const_data_ptr() : nullptr, mix.A.defined() ? mix.args : MixtureArgs{},
+    C10_CUDA_CHECK(launch_nf4_gemm_sm90(x2.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w.params, bias_data,
+                                        y.mutable_data_ptr(), current_stream()));
+    return y.view(sizes);
+  }
+  if (kernel == LinearKernel::kDecode && path != "merged") {
+    at::Tensor y = at::empty({tokens, out}, x.options());
+    const at::Tensor scratch = at::empty({decode_scratch(args.shapes, tokens)}, x.options().dtype(at::kFloat));
+    C10_CUDA_CHECK(launch_decode(x2.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w.params, bias_data, args,
                                  scratch.mutable_data_ptr<float>(), y.mutable_data_ptr(), current_stream()));
     return y.view(sizes);
   }
