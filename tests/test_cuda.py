@@ -119,6 +119,19 @@ def test_double_quantization_is_bitsandbytes():
     assert steps.max() <= 1 and (steps > 0).float().mean() < 1e-4
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_of_some_hundred_tokens(dtype, double_quant):
+    """Every tile of the tensor-core product, full, just begun and in part."""
+    layer = make_layer("square", dtype, double_quant)
+    bias = torch.randn(layer.N).to(dtype)
+    for tokens in (17, 32, 33, 64, 65, 100, 128, 200, 256, 300, 512):
+        x = layer.x(tokens)
+        eager = plain(layer, x, bias, False, False, "auto")
+        y = layer.linear(x, bias, mixture=False)
+        assert_close_by_rule(y, layer.product(x, bias, mixture=False), eager, dtype, roundings(x, "auto"))
+
+
 def test_linear_exact():
     """Codes -1, 0 and 1, scales that are powers of two: bits must agree at every token count."""
     layer = make_layer("square", double_quant=False, make=integers)
