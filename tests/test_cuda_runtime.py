@@ -1,6 +1,7 @@
 """What CUDA adds to a correct result: streams, graphs, determinism, devices, the compiler, whole models."""
 
 import copy
+import gc
 import re
 import subprocess
 import sys
@@ -124,6 +125,23 @@ def test_deterministic_mode_on_poisoned_memory(name, deterministic):
         first = train_step(layer, x, dy)
         assert all(t.isfinite().all() for t in first)
         assert all(equal(train_step(layer, x, dy), first) for _ in range(100 if tokens == 128 else 2))
+
+
+def test_out_of_memory_leaves_nothing_behind():
+    layer = make_layer("square")
+    x, dy = batch(layer, 128)
+    want = train_step(layer, x, dy)
+    torch.cuda.empty_cache()
+    before, total = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            train_step(layer, x, dy)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+    assert equal(train_step(layer, x, dy), want)
 
 
 def mixed_device_calls():
