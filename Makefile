@@ -57,10 +57,9 @@ cuda-test: $(VENV)/.test
 # The caching allocator would hide accesses out of bounds. initcheck misses what cuBLAS' 16-bit kernels store (by bulk
 # copies), so it does not look at copies to the host.
 sanitize: $(VENV)/.test
-	for tool in memcheck racecheck synccheck "initcheck --check-api-memory-access no"; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(BIN)/python -m pytest -q -x tests/test_cuda_sanitize.py || exit 1; \
-	done
+	printf '%s\n' memcheck racecheck synccheck "initcheck --check-api-memory-access no" | xargs -P 4 -I TOOL sh -c ' \
+	  out=$$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool TOOL --error-exitcode 1 \
+	    $(BIN)/python -m pytest -q -x tests/test_cuda_sanitize.py 2>&1); status=$$?; echo "TOOL: $$out"; exit $$status'
 
 cuda-bench: $(VENV)/.test
 	benchmarks/run_cuda.sh benchmarks/results

@@ -223,7 +223,7 @@ def llama(dtype):
 def test_models_quantized_by_either_library_train_alike(dtype):
     """To the bit when every 4-bit layer is adapted: the same operators then run on the same bits."""
     losses = []
-    for quantize in (lambda m: bitsandbytes_model(m, False, dtype), moka.quantize):
+    for quantize in (lambda m: bitsandbytes_model(m, compute_dtype=dtype), moka.quantize):
         losses.append(train(quantize(llama(dtype)), "all-linear"))
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0] - 0.05
 
