@@ -17,8 +17,9 @@ Each section writes FOLDER/cuda_SECTION.csv, medians in microseconds.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -42,6 +43,7 @@ from torch.nn.functional import linear
 from moka import functional
 
 COPIES = {(4096, 4096): 24, (1024, 4096): 80, (14336, 4096): 8, (4096, 14336): 8}  # fill the L2 four times
+Layers = dict[str, Callable[[], nn.Module]]
 Timings = Iterator[tuple[int, dict[str, Timing]]]  # tokens, what -> time
 
 
@@ -99,38 +101,34 @@ def dequantize(N: int, K: int, quick: bool) -> Timings:
 def training(N: int, K: int, quick: bool, tokens: int = 4096) -> Timings:
     """Forward and backward of one layer."""
     base, adapted = dense(N, K), with_moka(linear4bit(N, K))
-    layers: dict[str, nn.Module] = {
-        "frozen bf16": base,
-        "frozen bitsandbytes": adapted.base_layer,
-        "moka": adapted,
-        "plain PyTorch": plain(adapted),
+    layers: Layers = {
+        "frozen bf16": lambda: base,
+        "frozen bitsandbytes": lambda: adapted.base_layer,
+        "moka": lambda: adapted,
     }
+    peers: Layers = {"plain PyTorch": lambda: plain(adapted)}
     if not quick:
-        layers |= {name: make() for name, make in peft_layers(N, K).items()}
-        layers["LyCORIS LoKr, bf16 base"] = with_lycoris(dense(N, K), 64)
-    timings = time_steps(layers, N, K, tokens)
-    graphs = ("frozen bf16", "frozen bitsandbytes", "moka")
-    yield tokens, timings | time_steps({name: layers[name] for name in graphs}, N, K, tokens, graph=True)
+        peers |= peft_layers(N, K) | {"LyCORIS LoKr, bf16 base": lambda: with_lycoris(dense(N, K), 64)}
+    yield tokens, time_steps(layers | peers, N, K, tokens) | time_steps(layers, N, K, tokens, graph=True)
 
 
 def compiled(N: int, K: int, quick: bool, tokens: int = 4096) -> Timings:
     """The mixture in plain PyTorch under torch.compile; compiling takes most of the time."""
     torch._dynamo.reset()
     layer = torch.compile(plain(with_moka(linear4bit(N, K))), dynamic=False)
-    yield tokens, time_steps({"plain PyTorch, compiled": layer}, N, K, tokens)
+    yield tokens, time_steps({"plain PyTorch, compiled": lambda: layer}, N, K, tokens)
 
 
-def time_steps(
-    layers: dict[str, nn.Module], N: int, K: int, tokens: int, graph: bool = False
-) -> dict[str, Timing]:
+def time_steps(layers: Layers, N: int, K: int, tokens: int, graph: bool = False) -> dict[str, Timing]:
     """Forward and backward of each; a layer that fails is reported and left out."""
     x = torch.randn(tokens, K, device="cuda", dtype=DTYPE, requires_grad=True)
     dy = torch.randn(tokens, N, device="cuda", dtype=DTYPE)
     calls: dict[str, Call] = {}
     leaves: list[Tensor] = [x]
-    for name, layer in layers.items():
-        trained = [p for p in layer.parameters() if p.requires_grad]
+    for name, make in layers.items():
         try:
+            layer = make()
+            trained = [p for p in layer.parameters() if p.requires_grad]
             if graph:
                 graph_of = capture([lambda m=layer, t=trained: torch.autograd.grad(m(x), (x, *t), dy)])
                 calls[f"{name}, graph"] = graph_of.replay
@@ -142,6 +140,13 @@ def time_steps(
         calls[name] = lambda m=layer: m(x).backward(dy)
         leaves += trained
     return cold_calls(calls, leaves, seconds=0.5)
+
+
+def write(table: Table, section: str, N: int, K: int, tokens: int, timings: dict[str, Timing]) -> None:
+    """One row per variant."""
+    for what, t in timings.items():
+        us, p20, p80 = (round(1e3 * ms, 2) for ms in (t.median_ms, t.p20_ms, t.p80_ms))
+        table.add(section=section, N=N, K=K, tokens=tokens, what=what, us=us, p20_us=p20, p80_us=p80)
 
 
 SECTIONS = {f.__name__: f for f in (decode, forward, dequantize, training, compiled)}
@@ -156,22 +161,23 @@ def main() -> None:
     args = options.parse_args()
     torch.manual_seed(0)
     about = facts("peft", "lycoris-lora", "triton") | ceilings()
+    failed: list[str] = []
     for section in args.only:
         began = time.perf_counter()
         table = Table(args.folder / f"cuda_{section}.csv", about)
         for N, K in list(COPIES)[: 1 if args.quick else None]:
             if args.layers and f"{N}x{K}" not in args.layers:
                 continue
-            with torch.set_grad_enabled(section in ("training", "compiled")):
-                for tokens, timings in SECTIONS[section](N, K, args.quick):
-                    for what, t in timings.items():
-                        us = {
-                            f"{p}us": round(1e3 * getattr(t, f"{n}_ms"), 2)
-                            for p, n in (("", "median"), ("p20_", "p20"), ("p80_", "p80"))
-                        }
-                        table.add(section=section, N=N, K=K, tokens=tokens, what=what, **us)
+            try:
+                with torch.set_grad_enabled(section in ("training", "compiled")):
+                    for tokens, timings in SECTIONS[section](N, K, args.quick):
+                        write(table, section, N, K, tokens, timings)
+            except Exception as error:  # the other layers and sections are worth having
+                failed.append(f"{section} {N}x{K}: {error}")
             torch.cuda.empty_cache()
         print(f"{section}: {time.perf_counter() - began:.0f} s", flush=True)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ def main() -> None:
     args = options.parse_args()
     about = facts("peft", "transformers", "liger-kernel", "triton") | ceilings()
     table = Table(args.folder / "model.csv", about)
+    failed: list[str] = []
     for liger in {"both": (False, True), "no": (False,), "yes": (True,)}[args.liger]:
         if liger:
             from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -143,13 +145,18 @@ def main() -> None:
         for name, make in ROWS.items():
             if not any(text in name for text in args.only):
                 continue
-            model = make(copy.deepcopy(original))
-            with torch.cuda.nvtx.range(name):
-                figures = measure(model, args.steps, held)
-            table.add(run=name, liger=int(liger), layers=args.layers, tokens=BATCH * LENGTH, **figures)
-            del model
+            try:
+                model = make(copy.deepcopy(original))
+                with torch.cuda.nvtx.range(name):
+                    figures = measure(model, args.steps, held)
+                table.add(run=name, liger=int(liger), layers=args.layers, tokens=BATCH * LENGTH, **figures)
+            except Exception as error:  # the other rows are worth having
+                failed.append(f"{name}: {error}")
+            model = None
             release()
         del original
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":
