@@ -108,7 +108,7 @@ def training(N: int, K: int, quick: bool, tokens: int = 4096) -> Timings:
     }
     peers: Layers = {"plain PyTorch": lambda: plain(adapted)}
     if not quick:
-        peers |= peft_layers(N, K) | {"LyCORIS LoKr, bf16 base": lambda: with_lycoris(dense(N, K), 64)}
+        peers |= peft_layers(N, K) | {"LyCORIS LoKr, bf16 base": lambda: with_lycoris(dense(N, K))}
     yield tokens, time_steps(layers | peers, N, K, tokens) | time_steps(layers, N, K, tokens, graph=True)
 
 

@@ -74,8 +74,9 @@ def with_peft(base: nn.Module, config: peft.PeftConfig) -> nn.Module:
     return model.get_submodule("base_model.model.proj")
 
 
-def with_lycoris(base: nn.Linear, factor: int) -> nn.Module:
+def with_lycoris(base: nn.Linear) -> nn.Module:
     """LyCORIS' LoKr, one Kronecker product, run by its fused kernels; they take factors of up to 128."""
+    factor = 112 if 14336 in base.weight.shape else 64
     from lycoris.modules.lokr import LokrModule
 
     layer = LokrModule(

@@ -10,9 +10,12 @@ RESULTS = Path(__file__).parent / "results"
 Rows = list[dict[str, str]]
 
 
-def read(name: str) -> Rows:
-    """The rows of one CSV."""
-    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
+def read(name: str, optional: bool = False) -> Rows:
+    """The rows of one CSV; none if it is optional and was not measured."""
+    path = RESULTS / name
+    if optional and not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -85,9 +85,11 @@ def dequantize_table() -> str:
 def training_table() -> str:
     """A line per variant, a column per layer: microseconds and the ratio to frozen bf16."""
     rows = read("cuda_training.csv")
-    layers = cases(rows + read("cuda_compiled.csv"))
+    layers = cases(rows + read("cuda_compiled.csv", optional=True))
     lines = []
     for what, title in TRAINING.items():
+        if not any(what in case for case in layers.values()):
+            continue  # a peer that did not run there
         cells = []
         for case in layers.values():
             row, frozen = case.get(what), float(case["frozen bf16"]["us"])
@@ -99,7 +101,7 @@ def training_table() -> str:
 
 def model_table() -> str:
     """A line per run: without Liger's kernels, then with them."""
-    rows = read("model.csv") + read("model_unsloth.csv")
+    rows = read("model.csv") + read("model_unsloth.csv", optional=True)
     figures = ("ms", "tokens_s", "peak_gib")
     runs: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
