@@ -22,7 +22,9 @@ from cuda_build import find_cuda_home, gencode_flags  # noqa: E402
 ARCHS = ("80", "90a")
 FLAGS = ["-O3", "-std=c++17", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v"]
 #: (architectures, pattern of the kernel's name, most bytes spilled, reason)
-ALLOWED: list[tuple[str, str, int, str]] = []
+ALLOWED: list[tuple[str, str, int, str]] = [
+    ("90a", "kron_grad_kernel<", 104, "of eleven roles in a kernel, each has what setmaxnreg leaves it"),
+]
 FUNCTION = re.compile(
     r"Function properties for (\w+)\n"
     r"\s*\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
