@@ -64,13 +64,68 @@ Nf4Base nf4_base(const Nf4Params& w) {
   return base;
 }
 
+constexpr int kDequantizeBlocks = 4;  // per multiprocessor, for 32 KB of table each
+
+// W without a mixture, eight entries per step; the loads of the next four steps run ahead.
+template <typename T>
+__global__ void __launch_bounds__(kBuildThreads, kDequantizeBlocks)
+    dequantize_kernel(Nf4Base base, int64_t numel, T* out) {
+  extern __shared__ __align__(16) uint8_t smem[];
+  constexpr int kSteps = 4, kStride = kBuildThreads * 8;
+  struct Raw {
+    uint32_t codes;
+    Nf4Base::Scale scale;
+  } next[kSteps] = {};
+  auto load = [&](int64_t e) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+      if (const int64_t at = e + i * kStride; at < numel)
+        next[i] = {__ldg(reinterpret_cast<const uint32_t*>(base.w.packed) + at / 8),
+                   base.load_scale(at >> base.block_shift)};
+  };
+  const int64_t pitch = static_cast<int64_t>(gridDim.x) * kSteps * kStride;
+  int64_t e = static_cast<int64_t>(blockIdx.x) * kSteps * kStride + threadIdx.x * 8;
+  load(e);
+  base.fill(smem);
+  __syncthreads();
+  for (; e < numel; e += pitch) {
+    Raw now[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) now[i] = next[i];
+    load(e + pitch);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (e + i * kStride >= numel) break;
+      float v[8] = {};
+      base.decode(now[i].codes, base.scale(now[i].scale), smem, v);
+      store8(out + e + i * kStride, v);
+    }
+  }
+}
+
+template <typename T>
+cudaError_t dequantize(const Nf4Base& base, bool vector, T* out, cudaStream_t stream) {
+  const int64_t numel = base.w.N * base.w.K;
+  if (!vector || numel % 8 || !aligned(out, 16))
+    return build<T, float>(base, false, base.w.N, base.w.K, MixtureArgs{}, out, stream);
+  int resident = 0;
+  const cudaError_t error = resident_blocks(kDequantizeBlocks, &resident);
+  if (error != cudaSuccess || numel == 0) return error;
+  const int64_t pieces = ceil_div(numel, kBuildThreads * 32);
+  dequantize_kernel<T>
+      <<<static_cast<unsigned>(pieces < resident ? pieces : resident), kBuildThreads, Nf4Base::kTableBytes, stream>>>(
+          base, numel, out);
+  return cudaGetLastError();
+}
+
 template <typename T>
 cudaError_t from_nf4(const Nf4Params& w, const MixtureArgs& mix, void* out, cudaStream_t stream) {
   const Nf4Base base = nf4_base(w);
   const bool vector = w.blocksize >= 32 && int64_t{1} << base.block_shift == w.blocksize && aligned(w.packed, 16) &&
                       (w.absmax || int64_t{1} << base.block2_shift == w.blocksize2);
-  if (mix.shapes.r && mix.factor_dtype != Dtype::kF32)
-    return build<T, T>(base, vector, w.N, w.K, mix, static_cast<T*>(out), stream);
+  if (mix.shapes.r == 0) return dequantize(base, vector, static_cast<T*>(out), stream);
+  if constexpr (sizeof(T) > 4) return cudaErrorInvalidValue;  // fp64 mixtures are the operators' business
+  if (mix.factor_dtype != Dtype::kF32) return build<T, T>(base, vector, w.N, w.K, mix, static_cast<T*>(out), stream);
   return build<T, float>(base, vector, w.N, w.K, mix, static_cast<T*>(out), stream);
 }
 
@@ -99,9 +154,8 @@ cudaError_t launch_build_from_nf4(const Nf4Params& w, const MixtureArgs& mix, Dt
       return from_nf4<__half>(w, mix, out, stream);
     case Dtype::kBF16:
       return from_nf4<__nv_bfloat16>(w, mix, out, stream);
-    default:  // fp64 mixtures are the operators' business
-      return mix.shapes.r ? cudaErrorInvalidValue
-                          : build<double, float>(nf4_base(w), false, w.N, w.K, mix, static_cast<double*>(out), stream);
+    default:
+      return from_nf4<double>(w, mix, out, stream);
   }
 }
 

@@ -91,6 +91,17 @@ __device__ __forceinline__ void store8(T* p, const float (&v)[8]) {
   for (int i = 0; i < kVectors; ++i) reinterpret_cast<uint4*>(p)[i] = x.u[i];
 }
 
+// Row ib of B_i from column jb on, eight entries; the identity is not stored.
+template <bool kIdentity, typename TF>
+__device__ __forceinline__ void load_b8(const Factors<TF>& f, const Component& c, int ib, int jb, float (&b)[8]) {
+  if (kIdentity && c.identity == Identity::kB) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) b[i] = float(ib == jb + i);
+  } else {
+    load8(f.B + c.b_offset + ib * c.nb + jb, b);
+  }
+}
+
 inline bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 }  // namespace moka::cuda
