@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kBlock = 64;   // weights per absmax, and columns of x per stage
 constexpr int kChunk = 256;  // columns of W per stage: 128 bytes
-constexpr int kBlocks = kChunk / kBlock;
 constexpr int kWStages = 4;
 
 // TOKENS of a tile; ROWS / 64 times SPLIT warpgroups, which share out the rows and the blocks of a chunk.
@@ -22,7 +21,6 @@ template <int TOKENS, int ROWS, int SPLIT>
 struct Tile {
   static constexpr int kConsumers = ROWS / 64 * SPLIT * 128;
   static constexpr int kThreads = kConsumers + 128;  // registers go by warpgroup, so the copying warp has its own
-  static constexpr int kRegisters = kConsumers == 256 ? 240 : 112;                  // of 168 or 96 each
   static constexpr int kWBytes = ROWS * kChunk / 2, kXBytes = TOKENS * kBlock * 2;  // of a stage
   static constexpr int kXStages = 128 * 1024 / kXBytes > 16 ? 16 : 128 * 1024 / kXBytes;
   static constexpr int kPitch = ROWS + 4;  // floats per token of the sums, which take the rings' place
@@ -41,6 +39,8 @@ struct GemmLaunch {
 };
 
 #ifdef MOKA_SM90
+
+constexpr int kBlocks = kChunk / kBlock;
 
 __device__ __forceinline__ int first_chunk(const GemmLaunch& p, int rank) {
   return static_cast<int>(rank * static_cast<unsigned>(p.chunks) / gridDim.x);
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(Tile<TOKENS, ROWS, SPLIT>::kThreads, 1)
     __syncwarp();
     cluster_sync();
   } else {
-    set_registers_up<C::kRegisters>();
+    set_registers_up<C::kConsumers == 256 ? 240 : 112>();  // of 168 or 96 each
     float d[TOKENS / 2];
     consume<TOKENS, ROWS, SPLIT, T>(p, smem, table, code2, w_full, x_full, d);
     named_barrier(1, C::kConsumers);               // nobody reads the rings any more
