@@ -24,7 +24,7 @@ SOURCES := setup.py pyproject.toml $(wildcard _backend/*.py) $(filter csrc/%,$(C
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --seed $(SEED) $(if $(DATA),--data "$(DATA)")
 
-test: lint ctest pytest
+test: lint kernels ctest pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
