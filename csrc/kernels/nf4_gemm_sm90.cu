@@ -48,19 +48,18 @@ __device__ __forceinline__ int first_chunk(const GemmLaunch& p, int rank) {
 
 // The block scales of a thread's two rows, a chunk at a time: lane q of four holds those of the chunk's block q.
 struct Scales {
-  int64_t block;
-  int to_second;    // blocks
+  int block, to_second;
   float absmax[2];  // fp32 absmax, or absmax2 of a nested one
   uint8_t code[2];
 
-  __device__ Scales(const GemmLaunch& p, int64_t row, int chunk, int quad) {
+  __device__ Scales(const GemmLaunch& p, int row, int chunk, int quad) {
     block = ((row < p.w.N ? row : 0) * p.chunks + chunk) * kBlocks + quad;
     to_second = row + 8 < p.w.N ? 8 * p.chunks * kBlocks : 0;
   }
   __device__ void load_next(const GemmLaunch& p) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t b = block + h * to_second;
+      const int b = block + h * to_second;
       if (p.w.absmax) {
         absmax[h] = __ldg(p.w.absmax + b);
       } else {
@@ -203,13 +202,16 @@ __global__ void __launch_bounds__(Tile<TOKENS, ROWS, SPLIT>::kThreads, 1)
     const int begin = first_chunk(p, blockIdx.x), end = first_chunk(p, blockIdx.x + 1);
     for (int chunk = begin; chunk < end && chunk < begin + 2 * kWStages; ++chunk)
       prefetch_box(&p.codes, chunk * (kChunk / 2), blockIdx.y * ROWS);
-  } else if (thread < 256) {
-    fill_table(reinterpret_cast<float4*>(table));
+  } else if (thread >= C::kConsumers + 32) {
+    for (int row = thread - C::kConsumers - 32; row < ROWS; row += 96) {
+      const int64_t n = static_cast<int64_t>(blockIdx.y) * ROWS + row;
+      const int64_t block = (n * p.chunks + first_chunk(p, blockIdx.x)) * kBlocks;
+      if (n < p.w.N) prefetch_line(p.w.absmax ? static_cast<const void*>(p.w.absmax + block) : p.w.absmax_q + block);
+    }
+    fill_table<96>(reinterpret_cast<float4*>(table), thread - C::kConsumers - 32);
   }
   cudaGridDependencySynchronize();  // the kernel in front has ended
-  if (thread < 256) {
-    if (p.w.absmax == nullptr) code2[thread] = __ldg(p.w.code2 + thread);
-  }
+  if (thread < 256 && p.w.absmax == nullptr) code2[thread] = __ldg(p.w.code2 + thread);
   __syncthreads();
 
   if (thread >= C::kConsumers) {
@@ -229,7 +231,7 @@ __global__ void __launch_bounds__(Tile<TOKENS, ROWS, SPLIT>::kThreads, 1)
     const int64_t n0 = static_cast<int64_t>(blockIdx.y) * ROWS;
     reduce_sums<TOKENS, ROWS, SPLIT, C::kConsumers, T>(sums, p.tokens, p.w.N, n0, p.bias, p.y);
   }
-  cluster_sync();  // the sums stay until every rank has read them
+  cluster_sync_relaxed();  // the sums stay until every rank has read them
 #endif
 }
 
@@ -273,7 +275,7 @@ cudaError_t launch_any(GemmLaunch& p, const void* x, cudaStream_t stream) {
 bool nf4_gemm_supports(const Nf4Params& w) {
   const bool pow2 = w.absmax || (w.blocksize2 > 0 && (w.blocksize2 & (w.blocksize2 - 1)) == 0);
   return w.blocksize == kBlock && pow2 && w.K % kChunk == 0 && w.N % 8 == 0 && w.N > 0 && w.K > 0 && w.N / 64 < 65536 &&
-         w.K < INT32_MAX && aligned(w.packed, 16);
+         w.N * w.K / kBlock < INT32_MAX && aligned(w.packed, 16);
 }
 
 cudaError_t launch_nf4_gemm_sm90(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias,

@@ -18,6 +18,11 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same without a claim on what was stored before: after a thread's reads of other ranks, before it ends.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ float4 load_from_rank(uint32_t address, int rank) {
   float4 v;
   uint32_t remote;
@@ -29,9 +34,12 @@ __device__ __forceinline__ float4 load_from_rank(uint32_t address, int rank) {
   return v;
 }
 
-// Brings a box nearer without a claim on its contents.
+// Bring something nearer without a claim on its contents.
 __device__ __forceinline__ void prefetch_box(const void* map, int x, int y) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ void prefetch_line(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -52,13 +60,16 @@ __device__ __forceinline__ uint32_t pack<__half>(float first, float second) {
   return v;
 }
 
-// Entry `byte` of the table is the pair of NF4 values that it codes; for 256 threads.
-__device__ __forceinline__ void fill_table(float4* table) {
-  const int byte = threadIdx.x;
-  const float high = kNf4[byte >> 4], low = kNf4[byte & 15];
+// Entry `byte` of the table is the pair of NF4 values that it codes; for THREADS threads of whole warps.
+template <int THREADS>
+__device__ __forceinline__ void fill_table(float4* table, int thread) {
+  const float mine = kNf4[thread & 15];  // by shuffles, as the compiler would repeat a slow divergent load at every use
+  for (int byte = thread; byte < 256; byte += THREADS) {
+    const float high = __shfl_sync(~0u, mine, byte >> 4), low = __shfl_sync(~0u, mine, byte & 15);
 #pragma unroll
-  for (int j = 0; j < kCopies / 2; ++j)  // rotated by thread, against bank conflicts
-    table[byte * (kCopies / 2) + (j + byte) % (kCopies / 2)] = make_float4(high, low, high, low);
+    for (int j = 0; j < kCopies / 2; ++j)  // rotated by thread, against bank conflicts
+      table[byte * (kCopies / 2) + (j + byte) % (kCopies / 2)] = make_float4(high, low, high, low);
+  }
 }
 
 // The table's entry at a shared-memory address.
