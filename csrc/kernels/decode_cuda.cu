@@ -1,9 +1,9 @@
 // The few-token kernels; see decode_cuda.h.
 //
-// mixture_stage1_kernel: per token and component the smaller intermediate, alpha A X [ma, nb] or alpha X B^T [na, mb],
-// in fp32. decode_kernel: W x on tensor cores, with the codes decoded in registers by a 256-entry table of pairs, one
-// copy per shared-memory bank; block scales are applied to sums over blocks of 64, in fp32; then the second half of
-// the mixture and the bias are added and y is rounded once. With both, the second launch overlaps the first.
+// decode_kernel: W x on tensor cores, with the codes decoded in registers by a 256-entry table of pairs, one copy per
+// shared-memory bank; block scales are applied to sums over blocks of 64, in fp32; then the mixture's shares and the
+// bias are added and y is rounded once. Each launch overlaps the one before it: it fills its table and fetches its
+// first weights, which are constant, and only then waits.
 #include "decode_cuda.h"
 #include "decode_mixture.cuh"
 
@@ -14,6 +14,7 @@ constexpr int kLanes = 32;
 constexpr int kBlock = 64;   // weights per absmax
 constexpr int kChunk = 256;  // columns a warp handles at a time: four blocks of each of its rows
 constexpr int kTableBytes = 256 * kLanes * 4;
+constexpr int kTwoTokenBytes = 96 << 10;  // of shared memory: within it the mixture's thread blocks take two tokens
 
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -35,12 +36,26 @@ __device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4
 // Entry (byte, lane) is the pair of weights that `byte` codes, as two T; rotated writes avoid bank conflicts.
 template <typename T>
 __device__ void fill_table(uint32_t* table) {
+  float code[16] = {MOKA_NF4_CODE};
+  const auto halve = [&](int n) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) code[i] = threadIdx.x & n ? code[i + n] : code[i];
+  };
+  halve(8), halve(4), halve(2), halve(1);  // now lane i's code[0] is the i-th, and no memory was waited for
   for (int byte = threadIdx.x; byte < 256; byte += blockDim.x) {
-    const T pair[2] = {from_acc<T>(kNf4[byte >> 4]), from_acc<T>(kNf4[byte & 15])};
+    const T pair[2] = {from_acc<T>(__shfl_sync(~0u, code[0], byte >> 4)),
+                       from_acc<T>(__shfl_sync(~0u, code[0], byte & 15))};
     const uint32_t v = *reinterpret_cast<const uint32_t*>(pair);
 #pragma unroll
     for (int j = 0; j < 8; ++j) reinterpret_cast<uint4*>(table)[byte * 8 + (j + byte) % 8] = make_uint4(v, v, v, v);
   }
+}
+
+// The entry for byte `i` of `word`; `table` is the shared address of entry (0, lane).
+__device__ __forceinline__ uint32_t look_up(uint32_t table, uint32_t word, int i) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(__byte_perm(word, 0, 0x4440 + i) * (kLanes * 4) + table));
+  return v;
 }
 
 // What one lane of a warp holds of a chunk: for rows g and g + 8 of each 16-row tile, 8 bytes of each of four
@@ -60,13 +75,13 @@ struct Fragment {
         const int64_t r = row + m * 16 + h * 8;
         const uint8_t* p = w.packed + r * (K / 2) + chunk * (kChunk / 2) + quad * 8;
 #pragma unroll
-        for (int b = 0; b < 4; ++b) codes[m][h][b] = __ldcs(reinterpret_cast<const uint2*>(p + b * (kBlock / 2)));
+        for (int b = 0; b < 4; ++b) codes[m][h][b] = __ldcg(reinterpret_cast<const uint2*>(p + b * (kBlock / 2)));
         const int64_t block = r * (K / kBlock) + chunk * 4 + quad;
         if (w.absmax) {
-          absmax[m][h] = w.absmax[block];
+          absmax[m][h] = __ldcg(w.absmax + block);
         } else {
-          code[m][h] = w.absmax_q[block];
-          absmax[m][h] = w.absmax2[block >> shift2];
+          code[m][h] = __ldcg(w.absmax_q + block);
+          absmax[m][h] = __ldcg(w.absmax2 + (block >> shift2));
         }
       }
   }
@@ -78,11 +93,13 @@ __host__ __device__ constexpr int decode_bytes() {
   return (reduction > kTableBytes ? reduction : kTableBytes) + 256 * 4;
 }
 
-// One thread block computes 16 MT rows of y for up to 8 NT tokens; its warps share out K.
-template <typename T, typename TF, int MT, int NT, int WARPS, bool kMixture>
-__global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
-    decode_kernel(const T* x, int tokens, const __grid_constant__ Nf4Params w, int shift2, const T* bias, Factors<TF> f,
-                  const __grid_constant__ MixturePlan plan, const float* middle, T* y) {
+// One thread block computes 16 MT rows of y for up to 8 NT tokens, which blockIdx.x and blockIdx.y name; its warps
+// share out K. With a mixture the launch before is mixture_kernel, which lets this one start once the kernels before
+// it are complete: x may be read then, past the L1, but not yet the shares.
+template <typename T, int MT, int NT, int WARPS, bool kMixture>
+__global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) : 1)
+    decode_kernel(const T* x, int tokens, const __grid_constant__ Nf4Params w, int shift2, const T* bias,
+                  const float* shares, int components, T* y) {
   extern __shared__ __align__(16) uint8_t smem[];
   constexpr int kRows = 16 * MT, kStride = 8 * NT + 1;
   uint32_t* table = reinterpret_cast<uint32_t*>(smem);
@@ -90,6 +107,7 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
   float* code2 = reinterpret_cast<float*>(smem + decode_bytes<MT, NT, WARPS>() - 256 * 4);
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, quad = lane % 4;
   const int K = static_cast<int>(w.K), N = static_cast<int>(w.N), row0 = blockIdx.x * kRows;
+  const int token0 = blockIdx.y * 8 * NT, count = min(8 * NT, tokens - token0);
   const int chunks = K / kChunk;
 
   constexpr bool kPrefetch = MT == 1;  // with two row tiles the registers do not suffice
@@ -97,33 +115,15 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
   if (warp < chunks) next.load(w, row0 + g, warp, shift2, quad);
   fill_table<T>(table);
   const bool nested = w.absmax == nullptr;
-  const float offset = nested ? *w.offset : 0.f;
+  const float offset = nested ? __ldcg(w.offset) : 0.f;
   if (nested)
-    for (int i = threadIdx.x; i < 256; i += blockDim.x) code2[i] = w.code2[i];
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) code2[i] = __ldcg(w.code2 + i);
   __syncthreads();
 
-  __shared__ int factor_row[kMixture ? kRows : 1][kMaxDecodeComponents],
-      middle_row[kMixture ? kRows : 1][kMaxDecodeComponents];
-  __shared__ uint16_t unit_component[kMixture ? kMaxUnits : 1], unit_term[kMixture ? kMaxUnits : 1];
-  int units = 0;
-  if (kMixture) {
-    for (int e = threadIdx.x; e < kRows * plan.r; e += WARPS * kLanes) {
-      const int r = e / plan.r, i = e % plan.r;
-      const Component& s = plan.c[i];
-      const int ia = (row0 + r) / s.mb, ib = (row0 + r) % s.mb;
-      factor_row[r][i] = plan.half[i].a_first ? s.b_offset + ib * s.nb : s.a_offset + ia * s.na;
-      middle_row[r][i] = plan.half[i].offset + (plan.half[i].a_first ? ia * s.nb : ib * s.na);
-    }
-    for (int i = 0; i < plan.r; ++i) {
-      const int count = plan.half[i].length / 4;
-      for (int j = threadIdx.x; j < count; j += WARPS * kLanes) {
-        unit_component[units + j] = static_cast<uint16_t>(i);
-        unit_term[units + j] = static_cast<uint16_t>(j * 4);
-      }
-      units += count;
-    }
-  }
-
+  if (!kMixture) wait_for_previous();
+  let_next_start();
+  const uint32_t table_lane = static_cast<uint32_t>(__cvta_generic_to_shared(table + lane));
+  x += static_cast<int64_t>(token0 + g) * K + quad * 16;
   float acc[MT][NT][4] = {};
   for (int chunk = warp; chunk < chunks; chunk += WARPS) {
     const Fragment<MT> now = next;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
 #pragma unroll
           for (int byte = 0; byte < 8; ++byte) {
             const uint32_t word = byte < 4 ? now.codes[m][h][b].x : now.codes[m][h][b].y;
-            a[m][byte / 2][byte % 2 * 2 + h] = table[(word >> byte % 4 * 8 & 255) * kLanes + lane];
+            a[m][byte / 2][byte % 2 * 2 + h] = look_up(table_lane, word, byte % 4);
           }
       float row_scale[MT][2];
 #pragma unroll
@@ -155,10 +155,9 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
         uint32_t xs[8] = {};
-        const int token = t * 8 + g;
-        if (token < tokens) {
-          const T* p = x + static_cast<int64_t>(token) * K + chunk * kChunk + b * kBlock + quad * 16;
-          const uint4 lo = reinterpret_cast<const uint4*>(p)[0], hi = reinterpret_cast<const uint4*>(p)[1];
+        if (t * 8 + g < count) {
+          const uint4* p = reinterpret_cast<const uint4*>(x + int64_t{t} * 8 * K + chunk * kChunk + b * kBlock);
+          const uint4 lo = kMixture ? __ldcg(p) : p[0], hi = kMixture ? __ldcg(p + 1) : p[1];
           xs[0] = lo.x, xs[1] = lo.y, xs[2] = lo.z, xs[3] = lo.w;
           xs[4] = hi.x, xs[5] = hi.y, xs[6] = hi.z, xs[7] = hi.w;
         }
@@ -183,46 +182,17 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? 2 : 1)
       for (int i = 0; i < 4; ++i)
         sums[(warp * kRows + m * 16 + g + i / 2 * 8) * kStride + t * 8 + quad * 2 + i % 2] = acc[m][t][i];
   __syncthreads();
-  for (int o = threadIdx.x; o < kRows * tokens; o += WARPS * kLanes) {
-    float* s = sums + o % kRows * kStride + o / kRows;
-    float total = 0.f;
-#pragma unroll
-    for (int v = 0; v < WARPS; ++v) total += s[v * kRows * kStride];
-    s[0] = total;
-  }
-  if (kMixture) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    cudaGridDependencySynchronize();
-#endif
-    __syncthreads();
-    // second half of the mixture: kRowLanes lanes per row, every lane the same four-term units for all tokens
-    static_assert(WARPS * kLanes == kRows * kRowLanes);
-    const int r = threadIdx.x / kRowLanes, sub = threadIdx.x % kRowLanes;
-    constexpr int kTokens = 8 * NT;
-    float sum[kTokens] = {};
+  if (kMixture) wait_for_previous();
+  for (int o = threadIdx.x; o < kRows * count; o += WARPS * kLanes) {
+    const int r = o % kRows, t = o / kRows;
+    const int64_t at = static_cast<int64_t>(token0 + t) * N + row0 + r;
+    float v = 0.f;
 #pragma unroll 5
-    for (int u = sub; u < units; u += kRowLanes) {
-      const int i = unit_component[u], j = unit_term[u];
-      const float4 w4 = load4((plan.half[i].a_first ? f.B : f.A) + factor_row[r][i] + j);
-      const float* v = middle + middle_row[r][i] + j;
+    for (int i = 0; kMixture && i < components; ++i) v += __ldcg(shares + static_cast<int64_t>(i) * tokens * N + at);
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t)
-        if (t < tokens)
-          sum[t] = dot4(w4, *reinterpret_cast<const float4*>(v + static_cast<int64_t>(t) * plan.total), sum[t]);
-    }
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-#pragma unroll
-      for (int o = 1; o < kRowLanes; o *= 2) sum[t] += __shfl_xor_sync(~0u, sum[t], o);
-      if (sub == 0 && t < tokens) sums[r * kStride + t] += sum[t];
-    }
-  }
-  __syncthreads();
-  for (int o = threadIdx.x; o < kRows * tokens; o += WARPS * kLanes) {
-    const int row = row0 + o % kRows, token = o / kRows;
-    float v = sums[o % kRows * kStride + token];
-    if (bias) v += to_float(bias[row]);
-    y[static_cast<int64_t>(token) * N + row] = from_acc<T>(v);
+    for (int k = 0; k < WARPS; ++k) v += sums[(k * kRows + r) * kStride + t];
+    if (bias) v += to_float(bias[row0 + r]);
+    y[at] = from_acc<T>(v);
   }
 }
 
@@ -234,59 +204,77 @@ struct DecodeArgs {
   const void* bias;
   const MixtureArgs& mix;
   const MixturePlan& plan;
-  float* middle;
+  float* shares;
   void* y;
   cudaStream_t stream;
 };
 
-template <typename T, typename TF, int MT, int NT, int WARPS, bool kMixture>
-cudaError_t launch_main(const DecodeArgs& d) {
-  constexpr int kBytes = decode_bytes<MT, NT, WARPS>();
-  auto* kernel = decode_kernel<T, TF, MT, NT, WARPS, kMixture>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+// On Hopper the launch overlaps the kernel before it.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int bytes, bool hopper, cudaStream_t stream,
+                   Args... args) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(d.w.N / (16 * MT)));
-  config.blockDim = dim3(WARPS * kLanes);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = d.stream;
+  // the same division of the cache for all of them, or they would not share a multiprocessor
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  int device, major;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = kMixture && major >= 9 ? 1 : 0;
+  config.numAttrs = hopper ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+template <typename T, typename TF, int TG>
+cudaError_t launch_mixture(const DecodeArgs& d, bool hopper) {
   const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
-  return cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(d.x), d.tokens, d.w, d.shift2,
-                            static_cast<const T*>(d.bias), f, d.plan, static_cast<const float*>(d.middle),
-                            static_cast<T*>(d.y));
+  const dim3 grid(static_cast<unsigned>(d.plan.blocks), static_cast<unsigned>(ceil_div(d.tokens, TG)));
+  return launch(mixture_kernel<T, TF, TG>, grid, kMixtureThreads,
+                mixture_bytes<TF>(d.plan, static_cast<int>(d.w.K), TG), hopper, d.stream, static_cast<const T*>(d.x),
+                d.tokens, d.w.K, d.w.N, f, d.plan, d.shares);
 }
 
 template <typename T, typename TF>
-cudaError_t decode_with_mixture(const DecodeArgs& d) {
-  const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
-  const dim3 grid(static_cast<unsigned>(d.plan.blocks), static_cast<unsigned>(d.tokens));
-  mixture_stage1_kernel<T, TF>
-      <<<grid, kStage1Threads, 0, d.stream>>>(static_cast<const T*>(d.x), static_cast<int>(d.w.K), f, d.plan, d.middle);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) return error;
-  if (d.tokens <= 8) return launch_main<T, TF, 1, 1, 8, true>(d);
-  return d.w.N % 32 == 0 ? launch_main<T, TF, 2, 2, 16, true>(d) : launch_main<T, TF, 1, 2, 8, true>(d);
+cudaError_t launch_mixture(const DecodeArgs& d, bool hopper) {
+  if (d.tokens > 8 && mixture_bytes<TF>(d.plan, static_cast<int>(d.w.K), 2) <= kTwoTokenBytes)
+    return launch_mixture<T, TF, 2>(d, hopper);
+  return launch_mixture<T, TF, 1>(d, hopper);
+}
+
+template <typename T, int MT, int NT, int WARPS>
+cudaError_t launch_main(const DecodeArgs& d, bool hopper) {
+  const dim3 grid(static_cast<unsigned>(d.w.N / (16 * MT)), static_cast<unsigned>(ceil_div(d.tokens, 8 * NT)));
+  return launch(d.plan.r ? decode_kernel<T, MT, NT, WARPS, true> : decode_kernel<T, MT, NT, WARPS, false>, grid,
+                WARPS * kLanes, decode_bytes<MT, NT, WARPS>(), hopper, d.stream, static_cast<const T*>(d.x), d.tokens,
+                d.w, d.shift2, static_cast<const T*>(d.bias), d.shares, d.plan.r, static_cast<T*>(d.y));
 }
 
 template <typename T>
 cudaError_t decode(const DecodeArgs& d) {
-  if (d.plan.r > 0)
-    return d.mix.factor_dtype == Dtype::kF32 ? decode_with_mixture<T, float>(d) : decode_with_mixture<T, T>(d);
-  if (d.tokens <= 8) return launch_main<T, float, 1, 1, 8, false>(d);
-  if (d.w.N % 32 == 0) {
-    if (d.tokens <= 16) return launch_main<T, float, 2, 2, 16, false>(d);
-    if (d.tokens <= 32) return launch_main<T, float, 2, 4, 16, false>(d);
-    return launch_main<T, float, 2, 8, 16, false>(d);
+  int device, major;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  const bool hopper = major >= 9;
+  if (d.plan.r > 0) {
+    const cudaError_t error =
+        d.mix.factor_dtype == Dtype::kF32 ? launch_mixture<T, float>(d, hopper) : launch_mixture<T, T>(d, hopper);
+    if (error != cudaSuccess) return error;
   }
-  return d.tokens <= 16 ? launch_main<T, float, 1, 2, 8, false>(d) : launch_main<T, float, 1, 8, 8, false>(d);
+  if (d.tokens <= 8) return launch_main<T, 1, 1, 8>(d, hopper);
+  return d.w.N % 32 == 0 ? launch_main<T, 2, 2, 16>(d, hopper) : launch_main<T, 1, 2, 8>(d, hopper);
+}
+
+// What a thread block may have on the current device.
+int shared_memory_limit() {
+  int device, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
 }
 
 }  // namespace
@@ -301,19 +289,18 @@ bool decode_supports(const MixtureArgs& mix) {
   const KronParams& p = mix.shapes;
   if (p.r > kMaxDecodeComponents || !aligned(mix.A, 16) || !aligned(mix.B, 16)) return false;
   const MixturePlan plan = plan_mixture(p);
+  const int vector = mix.factor_dtype == Dtype::kF32 ? 4 : 8;  // entries in 16 bytes
   bool ok = true;
-  int units = 0;
   for (int i = 0; i < plan.r; ++i) {
-    const Component& c = plan.c[i];
-    ok = ok && c.na % 4 == 0 && c.nb % 4 == 0 && c.a_offset % 4 == 0 && c.b_offset % 4 == 0;
-    units += plan.half[i].length / 4;
+    const KronComponent& c = p.components[i];
+    ok = ok && c.na % vector == 0 && c.nb % vector == 0 && c.a_offset % vector == 0 && c.b_offset % vector == 0;
   }
-  return ok && units <= kMaxUnits;
+  const int K = static_cast<int>(p.K);
+  const int bytes = vector == 4 ? mixture_bytes<float>(plan, K, 1) : mixture_bytes<__half>(plan, K, 1);
+  return ok && p.K < (1 << 20) && bytes <= shared_memory_limit();
 }
 
-int64_t decode_scratch(const KronParams& mixture, int64_t tokens) {
-  return mixture.r > 0 ? plan_mixture(mixture).total * tokens : 0;
-}
+int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixture.r * mixture.N * tokens; }
 
 cudaError_t launch_decode(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias,
                           const MixtureArgs& mix, float* scratch, void* y, cudaStream_t stream) {
