@@ -207,16 +207,17 @@ struct DecodeArgs {
   float* shares;
   void* y;
   cudaStream_t stream;
+  bool hopper;
 };
 
 // On Hopper the launch overlaps the kernel before it.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int bytes, bool hopper, cudaStream_t stream,
-                   Args... args) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+cudaError_t launch(const DecodeArgs& d, void (*kernel)(Params...), dim3 grid, int threads, int bytes, Args... args) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && d.plan.r)  // two kernels share a multiprocessor only if they divide its memory alike
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  // the same division of the cache for all of them, or they would not share a multiprocessor
-  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -224,57 +225,51 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int bytes,
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = bytes;
-  config.stream = stream;
+  config.stream = d.stream;
   config.attrs = &overlap;
-  config.numAttrs = hopper ? 1 : 0;
+  config.numAttrs = d.hopper ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
 template <typename T, typename TF, int TG>
-cudaError_t launch_mixture(const DecodeArgs& d, bool hopper) {
+cudaError_t launch_mixture(const DecodeArgs& d) {
   const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
+  const int K = static_cast<int>(d.w.K), N = static_cast<int>(d.w.N);
   const dim3 grid(static_cast<unsigned>(d.plan.blocks), static_cast<unsigned>(ceil_div(d.tokens, TG)));
-  return launch(mixture_kernel<T, TF, TG>, grid, kMixtureThreads,
-                mixture_bytes<TF>(d.plan, static_cast<int>(d.w.K), TG), hopper, d.stream, static_cast<const T*>(d.x),
-                d.tokens, d.w.K, d.w.N, f, d.plan, d.shares);
+  return launch(d, mixture_kernel<T, TF, TG>, grid, kMixtureThreads, mixture_bytes<TF>(d.plan, K, TG),
+                static_cast<const T*>(d.x), d.tokens, K, N, f, d.plan, d.shares);
 }
 
 template <typename T, typename TF>
-cudaError_t launch_mixture(const DecodeArgs& d, bool hopper) {
-  if (d.tokens > 8 && mixture_bytes<TF>(d.plan, static_cast<int>(d.w.K), 2) <= kTwoTokenBytes)
-    return launch_mixture<T, TF, 2>(d, hopper);
-  return launch_mixture<T, TF, 1>(d, hopper);
+cudaError_t launch_mixture(const DecodeArgs& d) {
+  const bool two = d.tokens > 8 && mixture_bytes<TF>(d.plan, static_cast<int>(d.w.K), 2) <= kTwoTokenBytes;
+  return two ? launch_mixture<T, TF, 2>(d) : launch_mixture<T, TF, 1>(d);
 }
 
 template <typename T, int MT, int NT, int WARPS>
-cudaError_t launch_main(const DecodeArgs& d, bool hopper) {
+cudaError_t launch_main(const DecodeArgs& d) {
+  auto* kernel = d.plan.r ? decode_kernel<T, MT, NT, WARPS, true> : decode_kernel<T, MT, NT, WARPS, false>;
   const dim3 grid(static_cast<unsigned>(d.w.N / (16 * MT)), static_cast<unsigned>(ceil_div(d.tokens, 8 * NT)));
-  return launch(d.plan.r ? decode_kernel<T, MT, NT, WARPS, true> : decode_kernel<T, MT, NT, WARPS, false>, grid,
-                WARPS * kLanes, decode_bytes<MT, NT, WARPS>(), hopper, d.stream, static_cast<const T*>(d.x), d.tokens,
+  return launch(d, kernel, grid, WARPS * kLanes, decode_bytes<MT, NT, WARPS>(), static_cast<const T*>(d.x), d.tokens,
                 d.w, d.shift2, static_cast<const T*>(d.bias), d.shares, d.plan.r, static_cast<T*>(d.y));
 }
 
 template <typename T>
 cudaError_t decode(const DecodeArgs& d) {
-  int device, major;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  const bool hopper = major >= 9;
   if (d.plan.r > 0) {
-    const cudaError_t error =
-        d.mix.factor_dtype == Dtype::kF32 ? launch_mixture<T, float>(d, hopper) : launch_mixture<T, T>(d, hopper);
+    const bool fp32 = d.mix.factor_dtype == Dtype::kF32;
+    const cudaError_t error = fp32 ? launch_mixture<T, float>(d) : launch_mixture<T, T>(d);
     if (error != cudaSuccess) return error;
   }
-  if (d.tokens <= 8) return launch_main<T, 1, 1, 8>(d, hopper);
-  return d.w.N % 32 == 0 ? launch_main<T, 2, 2, 16>(d, hopper) : launch_main<T, 1, 2, 8>(d, hopper);
+  if (d.tokens <= 8) return launch_main<T, 1, 1, 8>(d);
+  return d.w.N % 32 == 0 ? launch_main<T, 2, 2, 16>(d) : launch_main<T, 1, 2, 8>(d);
 }
 
-// What a thread block may have on the current device.
-int shared_memory_limit() {
-  int device, bytes = 0;
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
 
 }  // namespace
@@ -297,7 +292,7 @@ bool decode_supports(const MixtureArgs& mix) {
   }
   const int K = static_cast<int>(p.K);
   const int bytes = vector == 4 ? mixture_bytes<float>(plan, K, 1) : mixture_bytes<__half>(plan, K, 1);
-  return ok && p.K < (1 << 20) && bytes <= shared_memory_limit();
+  return ok && p.K < (1 << 20) && bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixture.r * mixture.N * tokens; }
@@ -309,7 +304,8 @@ cudaError_t launch_decode(const void* x, Dtype dtype, int64_t tokens, const Nf4P
   const MixturePlan plan = plan_mixture(mix.shapes);
   int shift2 = 0;
   while (!w.absmax && (int64_t{1} << shift2) < w.blocksize2) ++shift2;
-  const DecodeArgs d = {x, static_cast<int>(tokens), w, shift2, bias, mix, plan, scratch, y, stream};
+  const bool hopper = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  const DecodeArgs d = {x, static_cast<int>(tokens), w, shift2, bias, mix, plan, scratch, y, stream, hopper};
   return dtype == Dtype::kBF16 ? decode<__nv_bfloat16>(d) : decode<__half>(d);
 }
 
