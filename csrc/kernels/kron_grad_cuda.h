@@ -23,8 +23,10 @@ cudaError_t launch_contract(const float* G, const MixtureArgs& mix, float* scrat
 cudaError_t launch_finish_grads(const float* raw_A, const float* raw_B, const MixtureArgs& mix, void* grad_A,
                                 void* grad_B, float* grad_alpha, cudaStream_t stream);
 
+constexpr int kFinishDots = 8;  // floats of scratch for each component that launch_finish_slabs needs
+
 // The same from the slabs that launch_kron_grad_sm90 left; every output is needed.
-cudaError_t launch_finish_slabs(const float* partial, const MixtureArgs& mix, const GradPlan& plan, void* grad_A,
-                                void* grad_B, float* grad_alpha, cudaStream_t stream);
+cudaError_t launch_finish_slabs(const float* partial, const MixtureArgs& mix, const GradPlan& plan, float* dots,
+                                void* grad_A, void* grad_B, float* grad_alpha, cudaStream_t stream);
 
 }  // namespace moka::cuda

@@ -8,10 +8,10 @@
 namespace moka::cuda {
 namespace {
 
-constexpr int kCluster = 8;    // thread blocks of a component
-constexpr int kColumns = 256;  // threads side by side, four entries each
-constexpr int kWays = 4;       // threads that share the slabs of an entry
-constexpr int kBatch = 8;      // slabs that a thread reads at a time
+constexpr int kCluster = kFinishDots;  // thread blocks of a component
+constexpr int kColumns = 256;          // threads side by side, four entries each
+constexpr int kWays = 4;               // threads that share the slabs of an entry
+constexpr int kBatch = 8;              // slabs that a thread reads at a time
 constexpr int kWarp = 32;
 
 struct SlabComponent {
@@ -27,14 +27,16 @@ struct SlabComponents {
 template <typename TF>
 __global__ void __launch_bounds__(kColumns* kWays, 1)
     finish_slabs_kernel(const float* partial, int64_t slab, const __grid_constant__ SlabComponents p, Factors<TF> f,
-                        TF* grad_A, TF* grad_B, float* grad_alpha) {
+                        float* dots, TF* grad_A, TF* grad_B, float* grad_alpha) {
 #if __CUDA_ARCH__ >= 900
   const SlabComponent& s = p.c[blockIdx.x / kCluster];
   const int rank = blockIdx.x % kCluster, column = threadIdx.x % kColumns, way = threadIdx.x / kColumns;
   const int entries = s.a + s.b;
   __shared__ float4 sums[kWays][kColumns];
-  __shared__ float warp_dots[kColumns / kWarp], cta_dots[kCluster];
+  __shared__ float warp_dots[kColumns / kWarp];
   const float alpha = __ldg(f.alpha + s.component);
+  for (int e = (rank * kColumns + column) * 4; e < s.a && way == 0; e += kCluster * kColumns * 4)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(f.A + s.a_offset + e));
   asm volatile("griddepcontrol.wait;" ::: "memory");  // the slabs are there
 
   float dot = 0.f;
@@ -77,24 +79,24 @@ __global__ void __launch_bounds__(kColumns* kWays, 1)
     if (column % kWarp == 0) warp_dots[column / kWarp] = dot;
   }
   __syncthreads();
-  const auto cluster = cooperative_groups::this_cluster();
+  dots += blockIdx.x - rank;  // of the component's thread blocks
   if (threadIdx.x == 0) {
     float total = 0.f;
     for (float v : warp_dots) total += v;
-    cluster.map_shared_rank(cta_dots, 0)[rank] = total;
+    dots[rank] = total;
   }
-  cluster.sync();
+  cooperative_groups::this_cluster().sync();
   if (rank == 0 && threadIdx.x == 0) {
     float total = 0.f;
-    for (float v : cta_dots) total += v;
+    for (int i = 0; i < kCluster; ++i) total += __ldcg(dots + i);
     grad_alpha[s.component] = total;
   }
 #endif
 }
 
 template <typename TF>
-cudaError_t finish(const float* partial, const MixtureArgs& mix, const GradPlan& plan, void* grad_A, void* grad_B,
-                   float* grad_alpha, cudaStream_t stream) {
+cudaError_t finish(const float* partial, const MixtureArgs& mix, const GradPlan& plan, float* dots, void* grad_A,
+                   void* grad_B, float* grad_alpha, cudaStream_t stream) {
   SlabComponents p;
   unsigned count = 0;
   for (int g = 0; g < plan.count; ++g) {
@@ -127,17 +129,17 @@ cudaError_t finish(const float* partial, const MixtureArgs& mix, const GradPlan&
   config.attrs = attributes;
   config.numAttrs = 2;
   const Factors<TF> f = {static_cast<const TF*>(mix.A), static_cast<const TF*>(mix.B), mix.alpha};
-  return cudaLaunchKernelEx(&config, finish_slabs_kernel<TF>, partial, plan.slab, p, f, static_cast<TF*>(grad_A),
+  return cudaLaunchKernelEx(&config, finish_slabs_kernel<TF>, partial, plan.slab, p, f, dots, static_cast<TF*>(grad_A),
                             static_cast<TF*>(grad_B), grad_alpha);
 }
 
 }  // namespace
 
-cudaError_t launch_finish_slabs(const float* partial, const MixtureArgs& mix, const GradPlan& plan, void* grad_A,
-                                void* grad_B, float* grad_alpha, cudaStream_t stream) {
+cudaError_t launch_finish_slabs(const float* partial, const MixtureArgs& mix, const GradPlan& plan, float* dots,
+                                void* grad_A, void* grad_B, float* grad_alpha, cudaStream_t stream) {
   return mix.factor_dtype == Dtype::kF32
-             ? finish<float>(partial, mix, plan, grad_A, grad_B, grad_alpha, stream)
-             : finish<__nv_bfloat16>(partial, mix, plan, grad_A, grad_B, grad_alpha, stream);
+             ? finish<float>(partial, mix, plan, dots, grad_A, grad_B, grad_alpha, stream)
+             : finish<__nv_bfloat16>(partial, mix, plan, dots, grad_A, grad_B, grad_alpha, stream);
 }
 
 }  // namespace moka::cuda

@@ -90,11 +90,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
     GradPlan plan;
     if (choose_grad(tokens, p, x.scalar_type(), &plan) == GradKernel::kFactoredSm90) {
       const int sms = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
-      at::Tensor scratch = at::empty({sms * plan.slab}, fp32);
-      float* partial = scratch.mutable_data_ptr<float>();
+      at::Tensor scratch = at::empty({sms * plan.slab + kFinishDots * p.r}, fp32);
+      float *partial = scratch.mutable_data_ptr<float>(), *dots = partial + sms * plan.slab;
       C10_CUDA_CHECK(launch_kron_grad_sm90(x2.const_data_ptr(), dy2.const_data_ptr(), tokens, mix.args, plan, sms,
                                            partial, stream));
-      C10_CUDA_CHECK(launch_finish_slabs(partial, mix.args, plan, grad_A, grad_B, grad_alpha, stream));
+      C10_CUDA_CHECK(launch_finish_slabs(partial, mix.args, plan, dots, grad_A, grad_B, grad_alpha, stream));
     } else {
       const at::Tensor G = x.scalar_type() == at::kFloat ? at::mm(dy2.t(), x2) : at::mm(dy2.t(), x2, at::kFloat);
       at::Tensor raw = at::empty({mix.shapes.a_numel + mix.shapes.b_numel}, fp32);
