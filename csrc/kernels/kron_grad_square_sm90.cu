@@ -14,7 +14,7 @@ constexpr int kTokenBytes = kWidth * 2;
 constexpr int kRingBytes = 20 * kTokenBytes;
 constexpr int kOperandBytes = 6 * kTokenBytes;  // factors and intermediates
 constexpr int kMaxSlots = 20;
-constexpr int kSmem = kRingBytes + kOperandBytes + 2 * kMaxSlots * 8;
+constexpr int kSmem = kRingBytes + kOperandBytes + (2 * kMaxSlots + 1) * 8;
 
 #ifdef MOKA_SM90
 
@@ -49,16 +49,22 @@ struct Slot {
   }
 };
 
-// One thread. T1 of a tile goes to one slot, T2 to the next.
+// What the slots' copies and readers wait for, and the factors.
+struct Barriers {
+  uint64_t full[kMaxSlots], empty[kMaxSlots], factors;
+};
+
+// One thread. T1 of a tile goes to one slot, T2 to the next. After the first tile the factors have the way free.
 template <int S>
-__device__ void produce(const CUtensorMap* map1, const CUtensorMap* map2, uint32_t ring, uint64_t* full,
-                        uint64_t* empty, int first, int stride, int tiles) {
+__device__ void produce(const CUtensorMap* map1, const CUtensorMap* map2, uint32_t ring, Barriers* barriers, int first,
+                        int stride, int tiles) {
   using C = Tile<S>;
   Slot<S> slot{0};
   for (int tile = first; tile < tiles; tile += stride) {
+    if (tile == first + stride) barrier_wait(&barriers->factors, 0);
     for (int operand = 0; operand < 2; ++operand) {
-      barrier_wait(&empty[slot.index], slot.phase ^ 1);
-      uint64_t* bar = &full[slot.index];
+      barrier_wait(&barriers->empty[slot.index], slot.phase ^ 1);
+      uint64_t* bar = &barriers->full[slot.index];
       barrier_expect(bar, C::kBytes);
       const uint32_t to = ring + slot.index * C::kBytes;
       if (operand) {
@@ -82,7 +88,7 @@ struct FactorPair {
 template <int S, int kSide, typename TF>
 __device__ void place_factors(uint8_t* to, const TF* first, const TF* second, bool natural) {
   constexpr int L = Tile<S>::L;
-#pragma unroll 8
+#pragma unroll 16
   for (int e = threadIdx.x % 128; e < kWidth; e += 128) {
     const float v[2] = {to_float(__ldg(first + e)), second ? to_float(__ldg(second + e)) : 0.f};
     const int f = natural ? e / L : e % S, l = natural ? e % L : e / S;
@@ -114,7 +120,7 @@ __device__ void load_fragments(uint32_t (&to)[Tile<S>::L / 16][4], const TF* F, 
 // One warpgroup: side 0 computes dF2 from P, 1 computes dF1 from V. Leaves the sums of both components at `out`, like
 // the factors' gradients; natural: as [s, L].
 template <int S, int kSide>
-__device__ void consume(const uint8_t* ring, uint8_t* operands, uint64_t* full, uint64_t* empty, int tiles,
+__device__ void consume(const uint8_t* ring, uint8_t* operands, Barriers* barriers, int tiles,
                         const FactorPair& factors, float* out, bool natural) {
   using C = Tile<S>;
   constexpr int L = C::L, kRows = 2 * S;                    // of the factor and the intermediate as operands: (c, s)
@@ -147,6 +153,7 @@ __device__ void consume(const uint8_t* ring, uint8_t* operands, uint64_t* full, 
   } else {
     with_factors(static_cast<const __nv_bfloat16*>(nullptr));
   }
+  if (lane == 0) barrier_arrive(&barriers->factors);
   if constexpr (C::kForm != Form::kRows) {
     proxy_fence();
     named_barrier(1 + kSide, 128);
@@ -216,43 +223,56 @@ __device__ void consume(const uint8_t* ring, uint8_t* operands, uint64_t* full, 
   Slot<S> f{kSide}, g{1 - kSide};  // operands of the first product and the second
   int held = 0;                    // the slot that the last second product may still read
   auto release = [&](int slot) {
-    if (lane == 0) barrier_arrive(&empty[slot]);
+    if (lane == 0) barrier_arrive(&barriers->empty[slot]);
   };
-  // For s = 32 the sides take turns at the tensor cores; in step, both would leave them idle at once.
+  // For s = 32 the sides take turns at the tensor cores: in step, both would leave them idle at once. A turn is one
+  // tile's second product and the next one's first.
   constexpr bool kTurns = C::kForm == Form::kRows;
-  if (kTurns && kSide == 1 && tiles > 0) named_barrier(3, 256);
+  constexpr int kOwnTurn = 3 + kSide, kOtherTurn = 4 - kSide;
+  if (kTurns && kSide == 1 && tiles > 0) named_barrier_arrive(kOtherTurn, 256);
   for (int tile = 0; tile < tiles; ++tile) {
-    barrier_wait(&full[f.index], f.phase);
+    barrier_wait(&barriers->full[f.index], f.phase);
     first_product(f.index);
+    if (kTurns && tile > 0) named_barrier_arrive(kOtherTurn, 256);
     wgmma_wait<1>();
     if (tile > 0) release(held);
     wgmma_wait<0>();
     release(f.index);
-    if (kTurns && kSide == 0 && tile == 0) named_barrier_arrive(3, 256);
     middle_at = middles + tile % 2 * C::kMiddle;
     convert();
-    barrier_wait(&full[g.index], g.phase);
+    if (kTurns) named_barrier(kOwnTurn, 256);
+    barrier_wait(&barriers->full[g.index], g.phase);
     second_product(g.index);
     held = g.index;
     f.advance(2);
     g.advance(2);
   }
+  if (kTurns && kSide == 0 && tiles > 0) named_barrier_arrive(kOtherTurn, 256);
   wgmma_wait<0>();
 
-  auto leave = [&](int c, int l, int r, float v) {
-    const int at = kSide ? l : line<S>(l);
-    out[c * kWidth + (natural ? r * L + at : at * S + r)] = v;
+  // two neighbours: columns l, for s = 16 columns r
+  constexpr bool kAlongR = C::kForm == Form::kColumns;
+  auto leave = [&](int c, int l, int r, float v0, float v1) {
+    const int at = kSide ? l : line<S>(l), index = natural ? r * L + at : at * S + r;
+    float* to = out + c * kWidth;
+    if (natural != kAlongR) {
+      const bool swapped = at % 2 && !kAlongR;
+      *reinterpret_cast<float2*>(to + (swapped ? index - 1 : index)) = swapped ? float2{v1, v0} : float2{v0, v1};
+    } else {
+      to[index] = v0;
+      to[kAlongR ? index + L : at % 2 ? index - S : index + S] = v1;
+    }
   };
 #pragma unroll
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < 64; i += 2) {
     const int row = row0 + i % 4 / 2 * 8;
     if constexpr (C::kForm == Form::kColumns) {
-      const int column = i % S / 4 * 8 + column0 + i % 2;
-      leave(column / S, i / S * 64 + row, column % S, acc[i]);
+      const int column = i % S / 4 * 8 + column0;
+      leave(column / S, i / S * 64 + row, column % S, acc[i], acc[i + 1]);
     } else if constexpr (C::kForm == Form::kRows) {
-      leave(row / S, i / 4 * 8 + column0 + i % 2, row % S, acc[i]);
+      leave(row / S, i / 4 * 8 + column0, row % S, acc[i], acc[i + 1]);
     } else {
-      leave(i / 32, i % 32 / 4 * 8 + column0 + i % 2, row, acc[i]);
+      leave(i / 32, i % 32 / 4 * 8 + column0, row, acc[i], acc[i + 1]);
     }
   }
 }
@@ -262,19 +282,19 @@ template <int S, int kRole>
 __device__ void run(const GradLaunch& p, int g, uint8_t* smem, float* partial) {
   const GradGroup& group = p.plan.group[g];
   uint8_t* operands = smem + kRingBytes;
-  uint64_t *full = reinterpret_cast<uint64_t*>(operands + kOperandBytes), *empty = full + kMaxSlots;
+  auto* barriers = reinterpret_cast<Barriers*>(operands + kOperandBytes);
   const int tiles = static_cast<int>(ceil_div(p.M, Tile<S>::kTokens));
   const int first = blockIdx.x - group.cta_begin, stride = group.cta_count;
   if constexpr (kRole == 2) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    if (threadIdx.x % 128 == 0) produce<S>(&p.t1[g], &p.t2[g], shared_address(smem), full, empty, first, stride, tiles);
+    if (threadIdx.x % 128 == 0) produce<S>(&p.t1[g], &p.t2[g], shared_address(smem), barriers, first, stride, tiles);
   } else {
     const int own = first < tiles ? (tiles - first + stride - 1) / stride : 0;
     const bool natural = kRole == group.mirrored;  // the gradient, stored [s, L]; then the factor is not
     const auto& F = kRole == 0 ? p.f1[g] : p.f2[g];
     float* out = partial + blockIdx.x * p.plan.slab + kRole * 2 * kWidth;
     const FactorPair factors = {F[0], F[1], p.factor_fp32, !natural};
-    consume<S, kRole>(smem, operands, full, empty, own, factors, out, natural);
+    consume<S, kRole>(smem, operands, barriers, own, factors, out, natural);
   }
 }
 
@@ -299,11 +319,12 @@ __global__ void __launch_bounds__(kGradThreads, 1)
 #ifdef MOKA_SM90
   extern __shared__ __align__(1024) uint8_t smem[];
   if (threadIdx.x == 0) {
-    uint64_t* full = reinterpret_cast<uint64_t*>(smem + kRingBytes + kOperandBytes);
+    auto* barriers = reinterpret_cast<Barriers*>(smem + kRingBytes + kOperandBytes);
     for (int s = 0; s < kMaxSlots; ++s) {
-      barrier_init(&full[s], 1);
-      barrier_init(&full[kMaxSlots + s], 8);  // one arrival for each warp that reads
+      barrier_init(&barriers->full[s], 1);
+      barrier_init(&barriers->empty[s], 8);  // one arrival for each warp that reads
     }
+    barrier_init(&barriers->factors, 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
