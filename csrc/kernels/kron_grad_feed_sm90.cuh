@@ -53,6 +53,8 @@ struct Layout {
   using Ring2 = Ring<C::kSlots2, C::kSlot2>;
 
   static __device__ uint64_t* barriers(uint8_t* smem) { return reinterpret_cast<uint64_t*>(smem + kBarriers); }
+  // The factors are loaded: until then only one tile is, so that they do not queue behind the rings' filling.
+  static __device__ uint64_t* ready(uint8_t* smem) { return barriers(smem) + 2 * (C::kSlots1 + C::kSlots2); }
   static __device__ Ring1 ring1(uint8_t* smem) {
     uint64_t* b = barriers(smem);
     return {shared_address(smem + kRing1), b, b + C::kSlots1};
@@ -66,7 +68,7 @@ struct Layout {
 // F1 or F2 [S, L] of one component into rows row0.. of an operand of `rows` rows; natural: it is stored [S, L].
 template <int S, int L, typename TF>
 __device__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, bool natural) {
-  constexpr int kBatch = 32;
+  constexpr int kBatch = 64;
   for (int i0 = threadIdx.x % 128; i0 < S * L; i0 += 128 * kBatch) {
     float v[kBatch];
 #pragma unroll
@@ -82,7 +84,7 @@ __device__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, 
 
 // One thread: chunks by bulk copies, of T1 (kOperand 1) or T2.
 template <class C, int kOperand, class R>
-__device__ void produce_boxes(const CUtensorMap* map, R ring, int first, int stride, int tiles) {
+__device__ void produce_boxes(const CUtensorMap* map, R ring, uint64_t* ready, int first, int stride, int tiles) {
   for (int tile = first; tile < tiles; tile += stride) {
     for (int c = 0; c < (kOperand == 1 ? C::kChunks1 : C::kChunks2); ++c) {
       barrier_wait(&ring.empty[ring.slot], ring.phase ^ 1);
@@ -91,13 +93,15 @@ __device__ void produce_boxes(const CUtensorMap* map, R ring, int first, int str
       copy_box(ring.at(), map, x, y, tile * C::kTokens, &ring.full[ring.slot]);
       ring.next();
     }
+    if (tile == first) barrier_wait(ready, 0);
   }
 }
 
 // One of kGradCopyWarps warps: its share of the chunks of T2 with rows of 16 to 64 bytes, for which bulk copies are
 // slow, so that the tokens of a tile lie beside each other.
 template <class C, class R>
-__device__ void produce_rows(const uint8_t* t2, int64_t M, R ring, int warp, int first, int stride, int tiles) {
+__device__ void produce_rows(const uint8_t* t2, int64_t M, R ring, uint64_t* ready, int warp, int first, int stride,
+                             int tiles) {
   constexpr int kUnits = C::kS2 / 8, kRows = 32 / kUnits;  // 16-byte units of a row; rows of one access of a warp
   const int lane = threadIdx.x % 32, row = lane / kUnits, unit = lane % kUnits;
   int n = 0;
@@ -106,7 +110,7 @@ __device__ void produce_rows(const uint8_t* t2, int64_t M, R ring, int warp, int
       if (n % kGradCopyWarps != warp) continue;
       barrier_wait(&ring.empty[ring.slot], ring.phase ^ 1);
       const int rows = min(64, C::kL2 - c * 64);
-#pragma unroll
+#pragma unroll 1
       for (int t = 0; t < C::kTokens; ++t) {
         const int64_t token = static_cast<int64_t>(tile) * C::kTokens + t;
         const bool inside = token < M;
@@ -118,6 +122,7 @@ __device__ void produce_rows(const uint8_t* t2, int64_t M, R ring, int warp, int
       }
       barrier_arrive_after_copies(&ring.full[ring.slot]);
     }
+    if (tile == first) barrier_wait(ready, 0);
   }
 }
 

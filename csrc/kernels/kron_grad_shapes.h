@@ -8,11 +8,11 @@ namespace moka::cuda {
 constexpr int kGradSmem = 232448;  // bytes of shared memory a thread block may have
 constexpr int kGradBarriers = 1024;
 
-// Slots for the operand held for a whole tile: its share of the rings' bytes, and some of the next tile's at least.
+// Slots for the operand held for a whole tile: two tiles, so that the next one's is there for the side that starts
+// with it; more when that is its share of the bytes.
 constexpr int slots_held(int chunks, int slot, int64_t rings, int64_t other_tile) {
   const int share = static_cast<int>(rings * chunks * slot / (chunks * slot + other_tile) / slot);
-  const int least = chunks + (chunks > 3 ? chunks / 2 : 1);
-  return share > least ? share : least;
+  return share > 2 * chunks ? share : 2 * chunks;
 }
 
 // A token of T1 is a matrix [S1, L1], of T2 a matrix [L2, S2]; kron_grad_sm90.cuh explains.
@@ -43,7 +43,7 @@ struct GradShape {
   static constexpr int kSlots1 = kHolds1 ? kHeld : (kRings - kHeld * kSlot2) / kSlot1;
   static constexpr int kSlots2 = kHolds1 ? (kRings - kHeld * kSlot1) / kSlot2 : kHeld;
   static constexpr int kUsed = kFixed + kSlots1 * kSlot1 + kSlots2 * kSlot2;
-  static_assert(kSlots1 >= 3 && kSlots2 >= 2 && 2 * (kSlots1 + kSlots2) * 8 <= kGradBarriers);
+  static_assert(kSlots1 >= 3 && kSlots2 >= 2 && (2 * (kSlots1 + kSlots2) + 1) * 8 <= kGradBarriers);
 
   // A tensor map sees a token of T2 as so many rows of 64; none when its rows are shorter.
   static constexpr int kMapRows2 = kS2 == 64 ? kL2 : 0;

@@ -158,12 +158,18 @@ __device__ void consume(RF ring_f, RG ring_g, uint32_t factor, uint32_t middle, 
 #pragma unroll
     for (int n = 0; n < D::kBlocks2; ++n)
 #pragma unroll
-      for (int i = 0; i < D::kN2 / 2; ++i) {
-        const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      for (int i = 0; i < D::kN2 / 2; i += 2) {
+        const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2;
         const int l = c * 64 + (D::kSwap2 ? column : row), at = n * D::kOther2 + (D::kSwap2 ? row : column);
         const int s = at % D::kF;
-        float* out = at < D::kF ? out0 : out1;
-        if (l < D::kLG && s < D::kFUsed) out[natural ? s * D::kLG + l : l * D::kFUsed + s] = acc[c][n][i];
+        if (l >= D::kLG || s >= D::kFUsed) continue;
+        float* out = (at < D::kF ? out0 : out1) + (natural ? s * D::kLG + l : l * D::kFUsed + s);
+        if (natural == D::kSwap2) {
+          *reinterpret_cast<float2*>(out) = {acc[c][n][i], acc[c][n][i + 1]};
+        } else {
+          out[0] = acc[c][n][i];
+          out[natural ? D::kLG : D::kFUsed] = acc[c][n][i + 1];
+        }
       }
 }
 
@@ -181,6 +187,7 @@ __device__ void prepare(uint8_t* smem) {
       barrier_init(&ring2.full[s], C::kS2 < 64 ? 32 : 1);
       barrier_init(&ring2.empty[s], 8);
     }
+    barrier_init(Y::ready(smem), 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   // the padding of the factors, and of the intermediates
@@ -208,6 +215,7 @@ __device__ void run_side(const GradLaunch& p, int g, uint8_t* smem, float* parti
       load_factor<S, L>(smem + kAt, 2 * P, i * P, static_cast<const __nv_bfloat16*>(factor), natural);
     }
   }
+  if (threadIdx.x % 32 == 0) barrier_arrive(Y::ready(smem));
   proxy_fence();
   named_barrier(1 + kSide, 128);
 
@@ -233,12 +241,13 @@ __device__ void run_producers(const GradLaunch& p, int g, uint8_t* smem) {
   const int tiles = static_cast<int>(ceil_div(p.M, C::kTokens));
   const int first = blockIdx.x - group.cta_begin, stride = group.cta_count, warp = threadIdx.x / 32 % 4;
   if (warp == 0) {
-    if (threadIdx.x % 32 == 0) produce_boxes<C, 1>(&p.t1[g], Y::ring1(smem), first, stride, tiles);
+    if (threadIdx.x % 32 == 0) produce_boxes<C, 1>(&p.t1[g], Y::ring1(smem), Y::ready(smem), first, stride, tiles);
   } else if constexpr (C::kS2 == 64) {
-    if (warp == 1 && threadIdx.x % 32 == 0) produce_boxes<C, 2>(&p.t2[g], Y::ring2(smem), first, stride, tiles);
+    if (warp == 1 && threadIdx.x % 32 == 0)
+      produce_boxes<C, 2>(&p.t2[g], Y::ring2(smem), Y::ready(smem), first, stride, tiles);
   } else {
     const uint8_t* t2 = static_cast<const uint8_t*>(group.mirrored ? p.dy : p.x);
-    produce_rows<C>(t2, p.M, Y::ring2(smem), warp - 1, first, stride, tiles);
+    produce_rows<C>(t2, p.M, Y::ring2(smem), Y::ready(smem), warp - 1, first, stride, tiles);
   }
 }
 
