@@ -112,15 +112,17 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) 
 
   constexpr bool kPrefetch = MT == 1;  // with two row tiles the registers do not suffice
   Fragment<MT> next;
-  if (warp < chunks) next.load(w, row0 + g, warp, shift2, quad);
   fill_table<T>(table);
+  // The kernel in front may have written the weight. With a mixture that is the mixture's, which let this one start
+  // only after everything in front of it had ended.
+  if (!kMixture) wait_for_previous();
+  if (warp < chunks) next.load(w, row0 + g, warp, shift2, quad);
   const bool nested = w.absmax == nullptr;
   const float offset = nested ? __ldcg(w.offset) : 0.f;
   if (nested)
     for (int i = threadIdx.x; i < 256; i += blockDim.x) code2[i] = __ldcg(w.code2 + i);
   __syncthreads();
 
-  if (!kMixture) wait_for_previous();
   let_next_start();
   const uint32_t table_lane = static_cast<uint32_t>(__cvta_generic_to_shared(table + lane));
   x += static_cast<int64_t>(token0 + g) * K + quad * 16;

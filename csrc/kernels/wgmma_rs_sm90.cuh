@@ -11,9 +11,10 @@ namespace moka::cuda {
 #define MOKA_TEN(t) "%" t "0,%" t "1,%" t "2,%" t "3,%" t "4,%" t "5,%" t "6,%" t "7,%" t "8,%" t "9"
 #define MOKA_N30 MOKA_TEN("") "," MOKA_TEN("1") "," MOKA_TEN("2")
 #define MOKA_N60 MOKA_N30 "," MOKA_TEN("3") "," MOKA_TEN("4") "," MOKA_TEN("5")
-#define MOKA_N120                                                                                                      \
-  MOKA_N60 "," MOKA_TEN("6") "," MOKA_TEN("7") "," MOKA_TEN("8") "," MOKA_TEN("9") "," MOKA_TEN("10") "," MOKA_TEN("1" \
-                                                                                                                   "1")
+#define MOKA_N120                                                                                                   \
+  MOKA_N60 "," MOKA_TEN("6") "," MOKA_TEN("7") "," MOKA_TEN("8") "," MOKA_TEN("9") "," MOKA_TEN("10") "," MOKA_TEN( \
+      "1"                                                                                                           \
+      "1")
 #define MOKA_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MOKA_F16(d, i) MOKA_F4(d, i), MOKA_F4(d, i + 4), MOKA_F4(d, i + 8), MOKA_F4(d, i + 12)
 #define MOKA_F32(d, i) MOKA_F16(d, i), MOKA_F16(d, i + 16)
