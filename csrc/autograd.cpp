@@ -94,30 +94,30 @@ struct Layer : torch::autograd::Function<Layer> {
     variable_list saved = {keep_x ? x : Tensor(), tensor(A), tensor(B), tensor(alpha)};
     saved.insert(saved.end(), base.tensors.begin(), base.tensors.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["sizes"] = base.sizes;
-    ctx->saved_data["bias"] = bias.has_value();
-    ctx->saved_data["shapes"] = shapes.vec();
-    ctx->saved_data["transpose"] = transpose;
-    ctx->saved_data["path"] = std::string(path);
+    ctx->saved_data["args"] =
+        c10::ivalue::Tuple::create(base.sizes, bias.has_value(), shapes.vec(), transpose, std::string(path));
     return apply_layer(x, base, bias, {A, B, alpha, shapes}, transpose, path);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list out(9);                                    // as many as forward has arguments
-    const variable_list saved = ctx->get_saved_variables();  // may recompute them (checkpointing), with gradients
+    variable_list out(9);  // as many as forward has arguments
+    // checkpointing recomputes them here, which takes autograd: before the guard
+    const variable_list saved = ctx->get_saved_variables();
     {
       const at::AutoDispatchBelowADInplaceOrView guard;
       const Tensor& grad_y = grads[0];
-      const std::vector<int64_t> shapes = ctx->saved_data["shapes"].toIntVector();
+      // sizes, bias, shapes, transpose, path
+      const auto args = ctx->saved_data["args"].toTupleRef().elements().asArrayRef();
+      const std::vector<int64_t> shapes = args[2].toIntVector();
       const FlatMixture mix = {optional(saved[1]), optional(saved[2]), optional(saved[3]), shapes};
-      const bool transpose = ctx->saved_data["transpose"].toBool();
+      const bool transpose = args[3].toBool();
       size_t edge = 0;  // counts the tensors that were given
       auto needed = [&](bool given) { return given && ctx->needs_input_grad(edge++); };
       if (needed(true)) {
-        const Base base = {{saved.begin() + 4, saved.end()}, ctx->saved_data["sizes"].toIntVector()};
-        out[0] = apply_layer(grad_y, base, std::nullopt, mix, !transpose, ctx->saved_data["path"].toStringRef());
+        const Base base = {{saved.begin() + 4, saved.end()}, args[0].toIntVector()};
+        out[0] = apply_layer(grad_y, base, std::nullopt, mix, !transpose, args[4].toStringRef());
       }
-      if (needed(ctx->saved_data["bias"].toBool())) out[1] = grad_y.reshape_symint({-1, grad_y.sym_size(-1)}).sum(0);
+      if (needed(args[1].toBool())) out[1] = grad_y.reshape_symint({-1, grad_y.sym_size(-1)}).sum(0);
       const bool mixed = mix.A.has_value();
       const bool need_A = needed(mixed), need_B = needed(mixed), need_alpha = needed(mixed);
       if (need_A || need_B || need_alpha) {

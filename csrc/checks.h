@@ -27,6 +27,7 @@ inline Mixture parse_shapes(at::IntArrayRef shapes) {
                     "(ma, na, mb, nb, identity), got ",
                     shapes.size(), " integers");
   Mixture mix;
+  mix.components.reserve(shapes.size() / kShapeFields);
   for (size_t i = 0; i < shapes.size(); i += kShapeFields) {
     const int64_t ma = shapes[i], na = shapes[i + 1], mb = shapes[i + 2], nb = shapes[i + 3], id = shapes[i + 4];
     const size_t index = i / kShapeFields;
@@ -138,9 +139,10 @@ struct Nf4Args {
     check_blocksize(blocksize);
     TORCH_CHECK_VALUE(N >= 0 && K >= 0, "N, K: expected sizes of at least 0, got ", N, ", ", K);
     const int64_t numel = N * K, blocks = (numel + blocksize - 1) / blocksize;
-    packed = packed_.contiguous().view(at::kByte).view(-1);  // bitsandbytes may store the bytes as bf16, fp16 or fp32
-    TORCH_CHECK_VALUE(packed.numel() >= (numel + 1) / 2, "packed: expected at least ", (numel + 1) / 2, " bytes for ",
-                      N, " x ", K, ", got ", packed.numel());
+    packed = packed_.contiguous();  // of any dtype: bitsandbytes may store the bytes as bf16, fp16 or fp32
+    const auto bytes = static_cast<int64_t>(packed.nbytes());
+    TORCH_CHECK_VALUE(bytes >= (numel + 1) / 2, "packed: expected at least ", (numel + 1) / 2, " bytes for ", N, " x ",
+                      K, ", got ", bytes);
     check_device("absmax", absmax_, "packed", packed);
     absmax = absmax_.contiguous();
     TORCH_CHECK_VALUE(absmax.numel() >= blocks, "absmax: expected ", blocks, " values (", N, " x ", K, " in blocks of ",
@@ -165,7 +167,7 @@ struct Nf4Args {
     } else {
       check_dtype("absmax", absmax, {at::kFloat});
     }
-    params = {packed.const_data_ptr<uint8_t>(),
+    params = {static_cast<const uint8_t*>(packed.const_data_ptr()),
               nested ? nullptr : absmax.const_data_ptr<float>(),
               nested ? absmax.const_data_ptr<uint8_t>() : nullptr,
               nested ? absmax2.const_data_ptr<float>() : nullptr,

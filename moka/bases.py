@@ -80,9 +80,10 @@ class NF4Linear(nn.Module):
 
 def is_linear4bit(module: nn.Module) -> bool:
     """Whether a module is a bitsandbytes `Linear4bit`; bitsandbytes is not imported to find out."""
-    return any(
-        c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(module).__mro__
-    )
+    for kind in type(module).__mro__:
+        if kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes"):
+            return True
+    return False
 
 
 def base_kind(module: nn.Module) -> str | None:

@@ -6,43 +6,53 @@ namespace {
 
 constexpr int kWarp = 32;
 
-template <typename Combine>
-__device__ float reduce(float v, Combine combine) {
-  for (int offset = kWarp / 2; offset; offset /= 2) v = combine(v, __shfl_xor_sync(~0u, v, offset));
+template <typename T>
+__device__ T warp_sum(T v) {
+  for (int offset = kWarp / 2; offset; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
   return v;
 }
 
-__device__ float sum(float v) {
-  return reduce(v, [](float a, float b) { return a + b; });
+template <typename T>
+__device__ T warp_max(T v) {
+  for (int offset = kWarp / 2; offset; offset /= 2) v = max(v, __shfl_xor_sync(~0u, v, offset));
+  return v;
 }
 
-__global__ void gate_kernel(const float* logits, float scale, int r, float* alpha) {
-  float largest = -INFINITY, total = 0;
-  for (int i = threadIdx.x; i < r; i += kWarp) largest = fmaxf(largest, logits[i]);
-  largest = reduce(largest, [](float a, float b) { return fmaxf(a, b); });
-  for (int i = threadIdx.x; i < r; i += kWarp) total += expf(logits[i] - largest);
-  total = sum(total);
-  for (int i = threadIdx.x; i < r; i += kWarp) alpha[i] = scale * (expf(logits[i] - largest) / total);
+template <typename T>
+__global__ void gate_kernel(const T* logits, T scale, int r, T* alpha) {
+  T largest = -INFINITY, total = 0;
+  for (int i = threadIdx.x; i < r; i += kWarp) largest = max(largest, logits[i]);
+  largest = warp_max(largest);
+  for (int i = threadIdx.x; i < r; i += kWarp) total += exp(logits[i] - largest);
+  total = warp_sum(total);
+  for (int i = threadIdx.x; i < r; i += kWarp) alpha[i] = scale * (exp(logits[i] - largest) / total);
 }
 
-__global__ void gate_grad_kernel(const float* alpha, const float* grad_alpha, float scale, int r, float* grad_logits) {
-  float dot = 0;
+template <typename T>
+__global__ void gate_grad_kernel(const T* alpha, const T* grad_alpha, T scale, int r, T* grad_logits) {
+  T dot = 0;
   for (int i = threadIdx.x; i < r; i += kWarp) dot += alpha[i] * grad_alpha[i];
-  dot = sum(dot) / scale;
+  dot = warp_sum(dot) / scale;
   for (int i = threadIdx.x; i < r; i += kWarp) grad_logits[i] = alpha[i] * (grad_alpha[i] - dot);
 }
 
 }  // namespace
 
-cudaError_t launch_gate(const float* logits, float scale, int r, float* alpha, cudaStream_t stream) {
+template <typename T>
+cudaError_t launch_gate(const T* logits, T scale, int r, T* alpha, cudaStream_t stream) {
   gate_kernel<<<1, kWarp, 0, stream>>>(logits, scale, r, alpha);
   return cudaGetLastError();
 }
 
-cudaError_t launch_gate_grad(const float* alpha, const float* grad_alpha, float scale, int r, float* grad_logits,
-                             cudaStream_t stream) {
+template <typename T>
+cudaError_t launch_gate_grad(const T* alpha, const T* grad_alpha, T scale, int r, T* grad_logits, cudaStream_t stream) {
   gate_grad_kernel<<<1, kWarp, 0, stream>>>(alpha, grad_alpha, scale, r, grad_logits);
   return cudaGetLastError();
 }
+
+template cudaError_t launch_gate(const float*, float, int, float*, cudaStream_t);
+template cudaError_t launch_gate(const double*, double, int, double*, cudaStream_t);
+template cudaError_t launch_gate_grad(const float*, const float*, float, int, float*, cudaStream_t);
+template cudaError_t launch_gate_grad(const double*, const double*, double, int, double*, cudaStream_t);
 
 }  // namespace moka::cuda

@@ -1,4 +1,4 @@
-// The gate on CUDA: in PyTorch's own kernels it takes two launches forward and three backward, one each here.
+// The gate on CUDA: in PyTorch's own kernels it takes two launches forward and three backward, here one each.
 #include <torch/library.h>
 
 #include "gate.h"
@@ -9,27 +9,26 @@ namespace moka::cuda {
 namespace {
 
 at::Tensor gate(const at::Tensor& logits, double scale) {
-  if (logits.scalar_type() == at::kDouble) return moka::gate(logits, scale);
-  TORCH_CHECK_VALUE(logits.dim() == 1, "logits: expected shape [r], got ", logits.sizes());
   const c10::cuda::CUDAGuard guard(logits.device());
-  const at::Tensor in = logits.to(at::kFloat).contiguous();
+  const at::Tensor in = gate_input(logits);
   at::Tensor alpha = at::empty_like(in);
-  C10_CUDA_CHECK(launch_gate(in.const_data_ptr<float>(), static_cast<float>(scale), static_cast<int>(in.numel()),
-                             alpha.mutable_data_ptr<float>(), current_stream()));
+  AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "gate", [&] {
+    C10_CUDA_CHECK(launch_gate(in.const_data_ptr<scalar_t>(), static_cast<scalar_t>(scale),
+                               static_cast<int>(in.numel()), alpha.mutable_data_ptr<scalar_t>(), current_stream()));
+  });
   return alpha;
 }
 
 at::Tensor gate_grad(const at::Tensor& alpha, const at::Tensor& grad_alpha, double scale) {
-  if (alpha.scalar_type() == at::kDouble) return moka::gate_grad(alpha, grad_alpha, scale);
-  check_dtype("alpha", alpha, {at::kFloat});
-  check_dtype("grad_alpha", grad_alpha, {at::kFloat});
-  check_numel("grad_alpha", grad_alpha, alpha.numel());
   const c10::cuda::CUDAGuard guard(alpha.device());
-  const at::Tensor a = alpha.contiguous(), d = grad_alpha.contiguous();
-  at::Tensor out = at::empty_like(a);
-  C10_CUDA_CHECK(launch_gate_grad(a.const_data_ptr<float>(), d.const_data_ptr<float>(), static_cast<float>(scale),
-                                  static_cast<int>(a.numel()), out.mutable_data_ptr<float>(), current_stream()));
-  return out;
+  const auto [a, d] = gate_grad_inputs(alpha, grad_alpha);
+  at::Tensor grad = at::empty_like(a);
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "gate_grad", [&, &a = a, &d = d] {
+    C10_CUDA_CHECK(launch_gate_grad(a.const_data_ptr<scalar_t>(), d.const_data_ptr<scalar_t>(),
+                                    static_cast<scalar_t>(scale), static_cast<int>(a.numel()),
+                                    grad.mutable_data_ptr<scalar_t>(), current_stream()));
+  });
+  return grad;
 }
 
 }  // namespace

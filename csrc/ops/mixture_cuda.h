@@ -30,6 +30,12 @@ inline Dtype dtype_of(at::ScalarType t) {
   }
 }
 
+// Contiguous, of one dimension and of the dtype; each step only where it changes something, since none is free.
+inline at::Tensor flat(const at::Tensor& t, at::ScalarType dtype) {
+  const at::Tensor row = t.dim() == 1 ? t.contiguous() : t.contiguous().view(-1);
+  return row.scalar_type() == dtype ? row : row.to(dtype);
+}
+
 // Keep it alive while `args` is used. Factors of a dtype that is neither fp32 nor the result's become fp32.
 struct CudaMixture {
   Mixture shapes;
@@ -48,9 +54,9 @@ struct CudaMixture {
         "shapes: expected N, K and the factors' entries below 2^31, got ", shapes.N, " x ", shapes.K);
     fp64 = result == at::kDouble || A_.scalar_type() == at::kDouble;
     const at::ScalarType factor = fp64 ? at::kDouble : A_.scalar_type() == result ? result : at::kFloat;
-    A = A_.contiguous().view(-1).to(factor);
-    B = B_.contiguous().view(-1).to(factor);
-    alpha = alpha_.contiguous().view(-1).to(fp64 ? at::kDouble : at::kFloat);
+    A = flat(A_, factor);
+    B = flat(B_, factor);
+    alpha = flat(alpha_, fp64 ? at::kDouble : at::kFloat);
     args = {A.const_data_ptr(), B.const_data_ptr(), fp64 ? nullptr : alpha.const_data_ptr<float>(), dtype_of(factor),
             shapes.params()};
   }
@@ -75,7 +81,7 @@ struct CudaMixture {
 
 // [..., width] as contiguous rows on a 16-byte boundary: the same bits then come out whatever the strides were.
 inline at::Tensor aligned_rows(const at::Tensor& t, int64_t width) {
-  const at::Tensor rows = t.reshape({-1, width}).contiguous();
+  const at::Tensor rows = t.dim() == 2 ? t.contiguous() : t.reshape({-1, width}).contiguous();
   return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 ? rows.clone() : rows;
 }
 
