@@ -20,6 +20,14 @@ OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t
 Tensor tensor(const OptionalTensor& t) { return t.value_or(Tensor()); }
 Tensor cast(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
 
+// Integers as a tuple: compiled autograd hashes what a node saves, and a list has no hash.
+c10::IValue box(at::IntArrayRef v) { return c10::ivalue::Tuple::create(std::vector<c10::IValue>(v.begin(), v.end())); }
+std::vector<int64_t> unbox(const c10::IValue& tuple) {
+  std::vector<int64_t> v;
+  for (const c10::IValue& i : tuple.toTupleRef().elements().asArrayRef()) v.push_back(i.toInt());
+  return v;
+}
+
 template <typename Signature>
 auto find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -84,6 +92,8 @@ variable_list once_differentiable(variable_list grads) {
 }
 
 struct Layer : torch::autograd::Function<Layer> {
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, const OptionalTensor& A,
                         const OptionalTensor& B, const OptionalTensor& alpha, const Base& base, at::IntArrayRef shapes,
                         bool transpose, c10::string_view path) {
@@ -95,7 +105,7 @@ struct Layer : torch::autograd::Function<Layer> {
     saved.insert(saved.end(), base.tensors.begin(), base.tensors.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["args"] =
-        c10::ivalue::Tuple::create(base.sizes, bias.has_value(), shapes.vec(), transpose, std::string(path));
+        c10::ivalue::Tuple::create(box(base.sizes), bias.has_value(), box(shapes), transpose, std::string(path));
     return apply_layer(x, base, bias, {A, B, alpha, shapes}, transpose, path);
   }
 
@@ -108,13 +118,13 @@ struct Layer : torch::autograd::Function<Layer> {
       const Tensor& grad_y = grads[0];
       // sizes, bias, shapes, transpose, path
       const auto args = ctx->saved_data["args"].toTupleRef().elements().asArrayRef();
-      const std::vector<int64_t> shapes = args[2].toIntVector();
+      const std::vector<int64_t> shapes = unbox(args[2]);
       const FlatMixture mix = {optional(saved[1]), optional(saved[2]), optional(saved[3]), shapes};
       const bool transpose = args[3].toBool();
       size_t edge = 0;  // counts the tensors that were given
       auto needed = [&](bool given) { return given && ctx->needs_input_grad(edge++); };
       if (needed(true)) {
-        const Base base = {{saved.begin() + 4, saved.end()}, args[0].toIntVector()};
+        const Base base = {{saved.begin() + 4, saved.end()}, unbox(args[0])};
         out[0] = apply_layer(grad_y, base, std::nullopt, mix, !transpose, args[4].toStringRef());
       }
       if (needed(args[1].toBool())) out[1] = grad_y.reshape_symint({-1, grad_y.sym_size(-1)}).sum(0);
@@ -138,6 +148,8 @@ struct Layer : torch::autograd::Function<Layer> {
 };
 
 struct Gate : torch::autograd::Function<Gate> {
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, double scale) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     static const auto op = find_op<Tensor(const Tensor&, double)>("moka::gate");

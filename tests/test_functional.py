@@ -255,6 +255,38 @@ def test_opcheck(name, device):
     torch.library.opcheck(op, args)
 
 
+@pytest.mark.parametrize("name", ["nf4_linear", "nf4_linear merged", "nf4_linear dx", "dense_linear", "gate"])
+def test_opcheck_with_gradients(name):
+    op, args = op_cases()[name]
+    for argument, value in zip(op._schema.arguments, args, strict=True):
+        if argument.name in ("x", "bias", "A", "B", "alpha", "logits") and value is not None:
+            value.requires_grad_()
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about the .grad of fake tensors
+@pytest.mark.parametrize("kind", ["dense", "nf4_double"])
+def test_gradients_by_compiled_autograd(kind):
+    base, leaves = base_weight(kind), [t.requires_grad_() for t in (torch.randn(5, K), *factors())]
+
+    def backward():
+        x, A, B, logits = leaves
+        call(base, "factored", x, None, A, B, F.softmax_gate(logits, 4.0)).square().sum().backward()
+        return [(t.grad, setattr(t, "grad", None))[0] for t in leaves]
+
+    plain = backward()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        compiled = backward()
+    assert all(map(torch.equal, plain, compiled))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_is_a_loop():
+    x, base, mixture = torch.randn(5, K), base_weight("nf4"), factors()
+    y = torch.func.vmap(lambda row: call(base, "factored", row[None], None, *mixture)[0])(x)
+    torch.testing.assert_close(y, call(base, "factored", x, None, *mixture))
+
+
 @pytest.mark.parametrize("r", [1, 10, 64])
 def test_gate(r, device):
     logits, grad = torch.randn(r), torch.randn(r)
