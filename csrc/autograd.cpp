@@ -1,10 +1,10 @@
-// Gradients of the adapted layer y = W x + b + sum_i alpha_i (A_i kron B_i) x, for every base and backend, once.
+// Gradients of the adapted layer y = W x + b + sum_i alpha_i (A_i kron B_i) x and of its gate, for every base and
+// backend, once.
 //
-//   dx = W^T dy + sum_i alpha_i (A_i^T kron B_i^T) dy; dA, dB and d alpha from kron_mix_grad; they are first-order
-//   only.
+//   dx = W^T dy + sum_i alpha_i (A_i^T kron B_i^T) dy; dA, dB and d alpha from kron_mix_grad; all first-order only.
 //
-// The node is C++ because in Python it costs more time than a small layer's kernels. torch.compile traces through it:
-// it calls nothing but operators that have fakes.
+// The nodes are C++ because in Python they cost more time than a small layer's kernels. torch.compile traces through
+// them: they call nothing but operators that have fakes.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
