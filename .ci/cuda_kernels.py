@@ -24,7 +24,12 @@ FLAGS = ["-O3", "-std=c++17", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra"
 FLAGS += ["-diag-suppress=177"]  # unused: what only the code for another architecture uses
 #: (architectures, pattern of the kernel's name, most bytes spilled, reason)
 ALLOWED: list[tuple[str, str, int, str]] = [
-    ("80 90a", "decode_kernel<", 1192, "sums of up to 64 tokens in 128 registers"),
+    (
+        "80 90a",
+        "decode_kernel<",
+        176,
+        "capped at 80 or 128 registers, so that 24 or 16 warps share a multiprocessor",
+    ),
     ("90a", "kron_grad_kernel<", 28, "of eleven roles in a kernel, each has what setmaxnreg leaves it"),
 ]
 FUNCTION = re.compile(
