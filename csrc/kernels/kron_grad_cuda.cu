@@ -9,7 +9,7 @@ constexpr int kTileColumns = 16;
 constexpr int kContractThreads = 128;
 constexpr int kContractR = 10;  // components per pass over G
 
-// The periodic kernel's view of a mixture: it walks G like build_kernel walks W. A warp owns a tile of 16 x 16
+// The periodic kernel's view of a mixture: it walks G in macro-tiles of one period each. A warp owns a tile of 16 x 16
 // phases, a lane one row and eight columns of it. Across the walk every dB entry of a lane stays in a register; a
 // tile lies inside one (ia, ja) of every component (or, with 8-row tiles, half of it does), so each step also
 // yields one dA contribution per component.
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kContractThreads, 2)
   if (split >= splits) return;
   const int p = tn * 16 + lane / 2, q = tk * kTileColumns + lane % 2 * 8;
 
-  // as in build_kernel, components beyond r repeat component 0 with B = 0
+  // components beyond r repeat component 0 with B = 0, so that no branch keeps loads from running ahead
   float b[kContractR][8], acc[kContractR][8];
   int a_at[kContractR];
 #pragma unroll
@@ -59,12 +59,7 @@ __global__ void __launch_bounds__(kContractThreads, 2)
     const Component& s = comps.c[i];
     a_at[i] = s.a_offset + p / s.mb * s.na + q / s.nb;
     const int ib = p % s.mb, jb = q % s.nb;
-    if (kIdentity && s.identity == Identity::kB) {
-#pragma unroll
-      for (int c = 0; c < 8; ++c) b[i][c] = float(ib == jb + c);
-    } else {
-      load8(f.B + s.b_offset + ib * s.nb + jb, b[i]);
-    }
+    load_b8<kIdentity>(f, s, ib, jb, b[i]);
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
       acc[i][c] = 0.f;

@@ -1,6 +1,7 @@
 // The host's part of the Hopper gradient kernel: which shapes, which thread blocks, the tensor maps.
 #include "kron_grad_sm90.cuh"
 #include "kron_grad_sm90.h"
+#include "tensor_map.h"
 
 namespace moka::cuda {
 namespace {
@@ -66,20 +67,6 @@ bool plan_family(const KronParams& mixture, int family, GradPlan* plan) {
     plan->slab = floats > plan->slab ? floats : plan->slab;
   }
   return plan->count > 0;
-}
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-EncodeTiled encode_tiled() {
-  static const EncodeTiled fn = [] {
-    void* p = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const auto e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, 12000, cudaEnableDefault, &found);
-    return e == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(p) : nullptr;
-  }();
-  return fn;
 }
 
 // [M, rows, columns] in boxes of tokens x box_rows x 64; what lies outside reads as zeros.
