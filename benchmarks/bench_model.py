@@ -78,6 +78,11 @@ def lora(model: Any, targets: Any, r: int) -> Any:
     return model
 
 
+def accelerated_lora(model: Any, targets: Any, r: int) -> Any:
+    """The same on moka's kernels: all 4-bit layers, adapted or not."""
+    return moka.accelerate(lora(bitsandbytes(model), targets, r))
+
+
 def mixture(model: Any, targets: Any) -> Any:
     """moka, r = 10."""
     return moka.inject(model, moka.MokaConfig(target_modules=targets, r=10))
@@ -87,9 +92,12 @@ def mixture(model: Any, targets: Any) -> Any:
 ROWS: dict[str, Callable[[Any], Any]] = {
     "frozen bf16": lambda model: model,
     "frozen NF4, bitsandbytes": bitsandbytes,
+    "bitsandbytes + moka.accelerate": lambda model: moka.accelerate(bitsandbytes(model)),
     "frozen NF4, moka": moka.quantize,
     "peft QLoRA, q and v, r=64": lambda model: lora(bitsandbytes(model), QV, 64),
+    "peft QLoRA, q and v, r=64, accelerated": lambda model: accelerated_lora(model, QV, 64),
     "peft QLoRA, all linear, r=16": lambda model: lora(bitsandbytes(model), "all-linear", 16),
+    "peft QLoRA, all linear, r=16, accelerated": lambda model: accelerated_lora(model, "all-linear", 16),
     "moka, q and v, bitsandbytes base": lambda model: mixture(bitsandbytes(model), QV),
     "moka, q and v, moka base": lambda model: mixture(moka.quantize(model), QV),
     "moka, all linear, bitsandbytes base": lambda model: mixture(bitsandbytes(model), "all-linear"),

@@ -1,6 +1,7 @@
 """moka: fine-tune a 4-bit language model with a gated mixture of Kronecker products."""
 
 from . import functional, nf4
+from .accelerate import accelerate, accelerated_layers, decelerate
 from .checkpoint import load_adapter, save_adapter
 from .config import MokaConfig
 from .info import info
@@ -13,8 +14,11 @@ from .summary import summary
 
 __all__ = [
     "MokaConfig",
+    "accelerate",
+    "accelerated_layers",
     "active_adapters",
     "adapter_layers",
+    "decelerate",
     "delta_weight",
     "disabled",
     "eject",

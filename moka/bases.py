@@ -78,12 +78,17 @@ class NF4Linear(nn.Module):
         )
 
 
-def is_linear4bit(module: nn.Module) -> bool:
-    """Whether a module is a bitsandbytes `Linear4bit`; bitsandbytes is not imported to find out."""
+def linear4bit_class(module: nn.Module) -> type[nn.Module] | None:
+    """bitsandbytes' `Linear4bit` if a module is one; bitsandbytes is not imported to find out."""
     for kind in type(module).__mro__:
         if kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes"):
-            return True
-    return False
+            return kind
+    return None
+
+
+def is_linear4bit(module: nn.Module) -> bool:
+    """Whether a module is a bitsandbytes `Linear4bit`."""
+    return linear4bit_class(module) is not None
 
 
 def base_kind(module: nn.Module) -> str | None:
@@ -121,6 +126,10 @@ def device_of(layer: Any) -> torch.device:
 
 
 def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
-    """The dtype of the layer's product with x: the compute dtype a `Linear4bit` was given, else x's."""
+    """The dtype of the layer's product with x: the compute dtype a `Linear4bit` was given, or that of
+    autocast in its place; else x's."""
     dtype = layer.compute_dtype if is_linear4bit(layer) else None
-    return x.dtype if dtype is None else dtype
+    if dtype is None:
+        return x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype

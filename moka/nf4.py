@@ -196,7 +196,7 @@ def bitsandbytes_args(layer: torch.nn.Module) -> tuple:
     if getattr(state, "packing_format_for_cpu", False):
         raise StateError(
             "this Linear4bit layer was repacked by a CPU forward pass in eval mode and can no longer be "
-            "trained; reload the model and inject (or quantize) before the first evaluation"
+            "trained; reload the model and inject (quantize, accelerate) before the first evaluation"
         )
     if len(state.shape) != 2:
         raise StateError(f"the quantized weight has shape {tuple(state.shape)}, expected a matrix [N, K]")

@@ -24,6 +24,13 @@ def require_native() -> None:
         raise NativeError(str(_load_error)) from _load_error.__cause__
 
 
+def built_with_cuda() -> bool:
+    """Whether the extension, once `require_native` has passed, has kernels for GPUs."""
+    from . import _C
+
+    return bool(_C.build_info()["cuda_archs"])
+
+
 def _register_fakes() -> None:
     """Output shapes and dtypes of each operator, for torch.compile and meta tensors."""
 

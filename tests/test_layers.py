@@ -241,6 +241,10 @@ def test_products_run_in_the_compute_dtype_of_a_4_bit_layer(device):
     x = torch.randn(5, K)
     assert layer(x).dtype == torch.float32
     assert torch.equal(layer(x), layer(x.bfloat16()).float())
+    base.compute_dtype = torch.float16  # then autocast's dtype takes its place, for the bias too
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(layer(x), layer(x.bfloat16()).float())
+    base.compute_dtype = torch.bfloat16
     model = moka.inject(nn.Sequential(base), MokaConfig(target_modules=["0"]))
     assert "bitsandbytes (bfloat16)" in str(moka.summary(model))
 
