@@ -4,6 +4,7 @@ from . import functional, nf4
 from .accelerate import accelerate, accelerated_layers, decelerate
 from .checkpoint import load_adapter, save_adapter
 from .config import MokaConfig
+from .export_lora import export_lora
 from .info import info
 from .inject import active_adapters, adapter_layers, disabled, eject, inject, set_adapter
 from .layers import delta_weight
@@ -22,6 +23,7 @@ __all__ = [
     "delta_weight",
     "disabled",
     "eject",
+    "export_lora",
     "functional",
     "info",
     "inject",

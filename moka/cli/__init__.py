@@ -1,4 +1,5 @@
-"""The command line: `moka train | eval | chat | merge | plan | bench | info`, one file per command."""
+"""The command line, one file per command: `moka train | eval | chat | merge | export-lora | plan | bench |
+info`."""
 
 from __future__ import annotations
 

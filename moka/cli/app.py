@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from ..errors import MokaError
-from . import bench, chat, info, merge, plan, train
+from . import bench, chat, export_lora, info, merge, plan, train
 from . import eval as evaluate
 from .console import err
 
@@ -52,6 +52,7 @@ app.command("train", epilog=train.EPILOG)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.command("export-lora")(export_lora.export_lora)
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
