@@ -38,7 +38,7 @@ class Plan:
         flops_per_token: "base_forward", "base_backward" (the gradient of the input alone), "adapter_forward",
             "adapter_backward" (factored path: the gradients of the input and of the factors).
         memory_bytes: "nf4_weights", "nf4_absmax", "other_weights", "adapter", "gradients", "optimizer",
-            "activations".
+            "activations" (all that a step adds at its peak).
         batch, sequence, gradient_checkpointing: what the activations are estimated for.
     """
 
@@ -147,7 +147,11 @@ def plan(
         "adapter": trained_bytes,
         "gradients": trained_bytes,
         "optimizer": (factors + gates) * OPTIMIZER_BYTES[optimizer],
-        "activations": batch * sequence * _activation_bytes(model, linears, dtype, gradient_checkpointing),
+        "activations": batch
+        * sequence
+        * _activation_bytes(
+            model, config, {target.path for target in targets}, linears, dtype, gradient_checkpointing
+        ),
     }
     flops = {
         "base_forward": base_flops,
@@ -184,29 +188,73 @@ def _absmax_bytes(numel: int, double_quant: bool, blocksize: int = 64) -> int:
 
 
 def _activation_bytes(
-    model: nn.Module, linears: dict[str, tuple[int, int]], dtype: torch.dtype, gradient_checkpointing: bool
+    model: nn.Module,
+    config: MokaConfig,
+    adapted: set[str],
+    linears: dict[str, tuple[int, int]],
+    dtype: torch.dtype,
+    gradient_checkpointing: bool,
 ) -> int:
-    """Bytes kept per token for the backward pass, an estimate.
+    """Bytes per token at the peak; an estimate for transformers' decoders, tested within 10%.
 
-    Kept are the output of each linear layer and the input and output of each norm; with gradient
-    checkpointing the input of each transformer layer and one layer's worth of the former; and the logits, in
-    `dtype` and twice in fp32.
+    Of each transformer layer autograd keeps what `_kept_of_group` says and, for each norm, its input in fp32.
+    The peak is where the backward pass begins: the logarithmic softmax of the logits, its gradient and that
+    of the logits, in fp32, for every token (`MokaTrainer` computes the logits of labels alone). With gradient
+    checkpointing only the input of each layer is kept; all of one layer comes later, with gradients on their
+    way, when the logits are gone. Attention is taken to be fused: it keeps no scores.
     """
-    per_layer: dict[str, int] = {}
-    for path, (N, _) in linears.items():
-        if model.get_submodule(path) is not output_embedding(model):
-            per_layer[_layer_of(path)] = per_layer.get(_layer_of(path), 0) + N
+    size = dtype.itemsize
+    head = output_embedding(model)
+    groups: dict[str, list[str]] = {}
+    for path in linears:
+        if model.get_submodule(path) is not head:
+            groups.setdefault(path.rpartition(".")[0], []).append(path)
+    kept: dict[str, int] = {"": 0}
+    inputs: dict[str, int] = {}
+    for parent, paths in groups.items():
+        layer = _layer_of(paths[0])
+        kept[layer] = kept.get(layer, 0) + _kept_of_group(parent, paths, config, adapted, linears, size)
+        inputs.setdefault(layer, linears[paths[0]][1] * size)
     for path, module in walk(model):
         if "norm" in type(module).__name__.lower():
             width = sum(p.numel() for name, p in module.named_parameters(recurse=False) if name == "weight")
-            per_layer[_layer_of(path)] = per_layer.get(_layer_of(path), 0) + 2 * width
-    kept = sum(per_layer.values())
-    if gradient_checkpointing:
-        inputs = {_layer_of(path): K for path, (_, K) in reversed(linears.items()) if _layer_of(path)}
-        kept = sum(inputs.values()) + max(per_layer.values(), default=0)
-    head = output_embedding(model)
-    logits = _sizes(head)[0] * (dtype.itemsize + 8) if head is not None else 0
-    return kept * dtype.itemsize + logits
+            kept[_layer_of(path)] = kept.get(_layer_of(path), 0) + width * max(4, size)
+    logits = 12 * _sizes(head)[0] if head is not None else 0
+    if not gradient_checkpointing:
+        return sum(kept.values()) + logits
+    outside = kept.pop("")
+    if not kept:
+        return outside + logits
+    widest = max(N for paths in groups.values() for N in (linears[path][0] for path in paths))
+    recomputed = max(kept.values()) + 2 * widest * size + max(inputs.values())
+    return sum(inputs.values()) + max(outside + logits, recomputed)
+
+
+def _kept_of_group(
+    parent: str,
+    paths: list[str],
+    config: MokaConfig,
+    adapted: set[str],
+    linears: dict[str, tuple[int, int]],
+    size: int,
+) -> int:
+    """Bytes per token kept for the linear layers of one module, such as `self_attn` or `mlp`.
+
+    The last layer leads back to the residual stream: instead of its output, something as wide as its input is
+    kept, the result of the attention or of the activation function. A frozen layer keeps no input. Adapted
+    layers do: the first ones share it, and attention has kept the last one's; or with dropout each has a
+    masked one of its own, and the mask (on a CPU in the same dtype; a GPU's is smaller).
+    """
+    *first, last = paths if len(paths) > 1 else [*paths, None]
+    entries = sum(linears[path][0] for path in first) + (linears[last][1] if last else 0)
+    own = [linears[path][1] for path in paths if path in adapted]
+    if config.dropout:
+        return (entries + 2 * sum(own)) * size
+    if any(path in adapted for path in first):
+        entries += linears[first[0]][1]
+    if last in adapted and "att" not in parent.rpartition(".")[2]:
+        entries += linears[last][1]
+    return entries * size
 
 
 def _layer_of(path: str) -> str:

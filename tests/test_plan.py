@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from tiny import tiny_model
 from torch import nn
-from transformers import LlamaConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import moka
 from moka import MokaConfig
@@ -85,6 +88,70 @@ def test_activations():
 
     assert activations(batch=2, sequence=512) == activations() == 4 * activations(sequence=256)
     assert activations(gradient_checkpointing=True) < activations() / 5
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that exist: those given to `add` and all made within the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.add(result)
+        return result
+
+    def add(self, tensors):
+        for storage in [t.untyped_storage() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)]:
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, storage):
+        self.live -= self.sizes.pop(storage)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize(
+    ("targets", "dropout", "dtype", "sizes"),
+    [
+        (["q_proj", "v_proj"], 0.1, torch.float32, {"num_key_value_heads": 1}),
+        (["q_proj", "v_proj"], 0.0, torch.bfloat16, {"vocab_size": 4000}),
+        ("all-linear", 0.1, torch.bfloat16, {"vocab_size": 300}),
+        ("all-linear", 0.0, torch.float32, {"num_hidden_layers": 6}),
+    ],
+)
+def test_memory_is_what_training_takes(targets, dropout, dtype, sizes, checkpointing):
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    llama = LlamaConfig(**{"vocab_size": 1024, **shape, **sizes}, use_cache=False)
+    config = MokaConfig(targets, r=4, dropout=dropout)
+    options = {"batch": 4, "sequence": 128, "dtype": dtype, "gradient_checkpointing": checkpointing}
+    plan = moka.plan(llama, config, **options)
+    model = moka.quantize(LlamaForCausalLM(llama).to(dtype).train(), double_quant=True)
+    moka.inject(model, config)
+    if checkpointing:
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    ids = torch.randint(0, 300, (4, 128))
+
+    def step():
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    step()  # makes the optimizer's state
+    live = LiveBytes()
+    live.add([*model.parameters(), *model.buffers(), *(list(s.values()) for s in optimizer.state.values())])
+    with live:
+        step()
+    assert plan.total_bytes == pytest.approx(live.peak, rel=0.1)
 
 
 def test_text_and_data():
