@@ -169,8 +169,8 @@ def dense64(model):
 
 
 def test_checkpointing_saving_and_merging_with_peft(folder, tmp_path, device):
-    models = [qlora(load(folder, device)) for _ in range(2)]
-    moka.accelerate(models[1])
+    models = [qlora(load(folder, device)), qlora(moka.accelerate(load(folder, device)))]
+    assert isinstance(models[1].model.model.layers[0].mlp.up_proj, peft.tuners.lora.bnb.Linear4bit)
     plain = gradients(models[1])
     inner = models[1].get_base_model()
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # the older one last
