@@ -2,8 +2,8 @@
 //
 // decode_kernel: W x on tensor cores, with the codes decoded in registers by a 256-entry table of pairs, one copy per
 // shared-memory bank; block scales are applied to sums over blocks of 64, in fp32; then the mixture's shares and the
-// bias are added and y is rounded once. Each launch overlaps the one before it: it fills its table and fetches its
-// first weights, which are constant, and only then waits.
+// bias are added and y is rounded once. Each launch overlaps the one before it: it fills its table and brings its
+// weights as far as the L2, and only then waits.
 #include "decode_cuda.h"
 #include "decode_mixture.cuh"
 
@@ -14,7 +14,6 @@ constexpr int kLanes = 32;
 constexpr int kBlock = 64;   // weights per absmax
 constexpr int kChunk = 256;  // columns a warp handles at a time: four blocks of each of its rows
 constexpr int kTableBytes = 256 * kLanes * 4;
-constexpr int kTwoTokenBytes = 96 << 10;  // of shared memory: within it the mixture's thread blocks take two tokens
 
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -99,7 +98,7 @@ __host__ __device__ constexpr int decode_bytes() {
 template <typename T, int MT, int NT, int WARPS, bool kMixture>
 __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) : 1)
     decode_kernel(const T* x, int tokens, const __grid_constant__ Nf4Params w, int shift2, const T* bias,
-                  const float* shares, int components, T* y) {
+                  const float* shares, int components, const int32_t* adapter, T* y) {
   extern __shared__ __align__(16) uint8_t smem[];
   constexpr int kRows = 16 * MT, kStride = 8 * NT + 1;
   uint32_t* table = reinterpret_cast<uint32_t*>(smem);
@@ -111,11 +110,14 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) 
   const int chunks = K / kChunk;
 
   constexpr bool kPrefetch = MT == 1;  // with two row tiles the registers do not suffice
+  constexpr bool kWaitFirst = !kMixture || kEarlyDecode;
   Fragment<MT> next;
+  let_next_start();
+  if (kWaitFirst && blockIdx.y == 0) prefetch_rows(w, shift2, row0, kRows);
   fill_table<T>(table);
   // The kernel in front may have written the weight. With a mixture that is the mixture's, which let this one start
   // only after everything in front of it had ended.
-  if (!kMixture) wait_for_previous();
+  if (kWaitFirst) wait_for_previous();
   if (warp < chunks) next.load(w, row0 + g, warp, shift2, quad);
   const bool nested = w.absmax == nullptr;
   const float offset = nested ? __ldcg(w.offset) : 0.f;
@@ -123,7 +125,6 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) 
     for (int i = threadIdx.x; i < 256; i += blockDim.x) code2[i] = __ldcg(w.code2 + i);
   __syncthreads();
 
-  let_next_start();
   const uint32_t table_lane = static_cast<uint32_t>(__cvta_generic_to_shared(table + lane));
   x += static_cast<int64_t>(token0 + g) * K + quad * 16;
   float acc[MT][NT][4] = {};
@@ -184,13 +185,19 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) 
       for (int i = 0; i < 4; ++i)
         sums[(warp * kRows + m * 16 + g + i / 2 * 8) * kStride + t * 8 + quad * 2 + i % 2] = acc[m][t][i];
   __syncthreads();
-  if (kMixture) wait_for_previous();
+  if (!kWaitFirst) wait_for_previous();
   for (int o = threadIdx.x; o < kRows * count; o += WARPS * kLanes) {
     const int r = o % kRows, t = o / kRows;
     const int64_t at = static_cast<int64_t>(token0 + t) * N + row0 + r;
     float v = 0.f;
-#pragma unroll 5
-    for (int i = 0; kMixture && i < components; ++i) v += __ldcg(shares + static_cast<int64_t>(i) * tokens * N + at);
+    if (kMixture && !(adapter && __ldcg(adapter + token0 + t) < 0)) {
+      float share[kMaxDecodeComponents];  // all are under way before the first is used
+#pragma unroll
+      for (int i = 0; i < kMaxDecodeComponents; ++i)
+        share[i] = i < components ? __ldcg(shares + static_cast<int64_t>(i) * tokens * N + at) : 0.f;
+#pragma unroll
+      for (int i = 0; i < kMaxDecodeComponents; ++i) v += share[i];
+    }
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) v += sums[(k * kRows + r) * kStride + t];
     if (bias) v += to_float(bias[row0 + r]);
@@ -233,19 +240,16 @@ cudaError_t launch(const DecodeArgs& d, void (*kernel)(Params...), dim3 grid, in
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
-template <typename T, typename TF, int TG>
-cudaError_t launch_mixture(const DecodeArgs& d) {
-  const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
-  const int K = static_cast<int>(d.w.K), N = static_cast<int>(d.w.N);
-  const dim3 grid(static_cast<unsigned>(d.plan.blocks), static_cast<unsigned>(ceil_div(d.tokens, TG)));
-  return launch(d, mixture_kernel<T, TF, TG>, grid, kMixtureThreads, mixture_bytes<TF>(d.plan, K, TG),
-                static_cast<const T*>(d.x), d.tokens, K, N, f, d.plan, d.shares);
-}
-
 template <typename T, typename TF>
 cudaError_t launch_mixture(const DecodeArgs& d) {
-  const bool two = d.tokens > 8 && mixture_bytes<TF>(d.plan, static_cast<int>(d.w.K), 2) <= kTwoTokenBytes;
-  return two ? launch_mixture<T, TF, 2>(d) : launch_mixture<T, TF, 1>(d);
+  const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
+  const Adapters adapters = {d.mix.adapter, d.mix.a_stride, d.mix.b_stride};
+  const int64_t row_bytes = d.w.K / 2 + d.w.K / kBlock * (d.w.absmax ? 4 : 1);
+  const int fetchers = d.hopper && !kEarlyDecode ? kPrefetchBlocks : 0;
+  const int fetched = static_cast<int>(std::min(d.w.N, kPrefetchBytes / row_bytes));
+  const dim3 grid(static_cast<unsigned>(fetchers + d.plan.blocks * d.tokens));
+  return launch(d, mixture_kernel<T, TF>, grid, kMixtureThreads, mixture_bytes(d.plan, sizeof(TF)),
+                static_cast<const T*>(d.x), d.tokens, f, adapters, d.plan, d.w, d.shift2, fetchers, fetched, d.shares);
 }
 
 template <typename T, int MT, int NT, int WARPS>
@@ -253,7 +257,7 @@ cudaError_t launch_main(const DecodeArgs& d) {
   auto* kernel = d.plan.r ? decode_kernel<T, MT, NT, WARPS, true> : decode_kernel<T, MT, NT, WARPS, false>;
   const dim3 grid(static_cast<unsigned>(d.w.N / (16 * MT)), static_cast<unsigned>(ceil_div(d.tokens, 8 * NT)));
   return launch(d, kernel, grid, WARPS * kLanes, decode_bytes<MT, NT, WARPS>(), static_cast<const T*>(d.x), d.tokens,
-                d.w, d.shift2, static_cast<const T*>(d.bias), d.shares, d.plan.r, static_cast<T*>(d.y));
+                d.w, d.shift2, static_cast<const T*>(d.bias), d.shares, d.plan.r, d.mix.adapter, static_cast<T*>(d.y));
 }
 
 template <typename T>
@@ -292,9 +296,9 @@ bool decode_supports(const MixtureArgs& mix) {
     const KronComponent& c = p.components[i];
     ok = ok && c.na % vector == 0 && c.nb % vector == 0 && c.a_offset % vector == 0 && c.b_offset % vector == 0;
   }
-  const int K = static_cast<int>(p.K);
-  const int bytes = vector == 4 ? mixture_bytes<float>(plan, K, 1) : mixture_bytes<__half>(plan, K, 1);
-  return ok && p.K < (1 << 20) && bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ok = ok && mix.a_stride % vector == 0 && mix.b_stride % vector == 0;
+  return ok && p.K < (1 << 20) &&
+         mixture_bytes(plan, 16 / vector) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixture.r * mixture.N * tokens; }
@@ -302,7 +306,7 @@ int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixtu
 cudaError_t launch_decode(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias,
                           const MixtureArgs& mix, float* scratch, void* y, cudaStream_t stream) {
   if (tokens == 0 || w.N == 0) return cudaSuccess;
-  if (tokens > (mix.shapes.r ? kMaxDecodeTokensMixture : kMaxDecodeTokens)) return cudaErrorInvalidValue;
+  if (tokens > kMaxDecodeTokens) return cudaErrorInvalidValue;
   const MixturePlan plan = plan_mixture(mix.shapes);
   int shift2 = 0;
   while (!w.absmax && (int64_t{1} << shift2) < w.blocksize2) ++shift2;
