@@ -10,7 +10,6 @@
 namespace moka::cuda {
 
 constexpr int64_t kMaxDecodeTokens = 64;
-constexpr int64_t kMaxDecodeTokensMixture = 16;  // with one mixture for all tokens: beyond, a dense weight is faster
 
 // Whether the kernels take this weight: K a multiple of 256, N of 16, blocks of 64, aligned.
 bool decode_supports(const Nf4Params& w);

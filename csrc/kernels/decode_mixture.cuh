@@ -18,8 +18,7 @@ constexpr int kMixtureThreads = 256;      // of at most 96 registers, which two 
 constexpr int kSlices = 16;               // per thread block
 constexpr int kAhead = 4;                 // pieces of the second factor that a warp loads before the first half
 constexpr int kPrefetchBlocks = 128;      // thread blocks that only fetch the weight for the decode kernel
-constexpr int kPrefetchBytes = 16 << 20;  // at most: of a larger weight, the rows that it starts with
-constexpr bool kEarlyDecode = false;      // the decode kernel starts with this one, and waits for it at once
+constexpr int kPrefetchBytes = 16 << 20;  // a larger weight would leave the L2 before it is read
 
 // Lets the next kernel of the stream start, and waits until the kernels before this one are complete; both do
 // nothing unless the launch says so.
@@ -184,20 +183,19 @@ struct Adapters {
   int64_t a_stride, b_stride;
 };
 
-// shares [r, tokens, N]. After `fetchers` thread blocks that only prefetch `fetched` rows of the weight, each names a
+// shares [r, tokens, N]. After `fetchers` thread blocks that only prefetch the weight, each names a
 // token, a component and its slices.
 template <typename T, typename TF>
 __global__ void __launch_bounds__(kMixtureThreads, 2)
     mixture_kernel(const T* x, int tokens, Factors<TF> f, Adapters adapters, const __grid_constant__ MixturePlan plan,
-                   const __grid_constant__ Nf4Params w, int shift2, int fetchers, int fetched, float* shares) {
+                   const __grid_constant__ Nf4Params w, int shift2, int fetchers, float* shares) {
   extern __shared__ __align__(16) uint8_t smem[];
   constexpr int kWarps = kMixtureThreads / 32, kPiece = kMixtureThreads * 4;
   TF* const ahead = reinterpret_cast<TF*>(smem) + threadIdx.x * 4;  // [kAhead, 2, threads, 4], each thread's own
   float* const v = reinterpret_cast<float*>(smem + kAhead * 2 * kPiece * sizeof(TF));  // [parts, kSlices, stride]
-  if (kEarlyDecode) let_next_start();
   if (static_cast<int>(blockIdx.x) < fetchers) {
-    const int each = static_cast<int>(ceil_div(fetched, fetchers)), row = blockIdx.x * each;
-    if (row < fetched) prefetch_rows(w, shift2, row, min(each, fetched - row));
+    const int N = static_cast<int>(w.N), each = static_cast<int>(ceil_div(N, fetchers)), row = blockIdx.x * each;
+    if (row < N) prefetch_rows(w, shift2, row, min(each, N - row));
     return;
   }
   const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, quad = thread % 4;
@@ -220,7 +218,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
     prefetch_l2(alpha_of, 4);
   }
   wait_for_previous();
-  if (!kEarlyDecode) let_next_start();
+  let_next_start();
   if (adapters.of_token) {
     const int64_t adapter = adapters.of_token[token];
     if (adapter < 0) return;  // the decode kernel leaves these shares out
