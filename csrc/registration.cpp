@@ -5,6 +5,8 @@
 //   NF4 weight  packed, absmax [, absmax2, code2, offset], blocksize, blocksize2, N, K   (kernels/params.h)
 //   mixture     A, B (flat factors), alpha [r] (scale times gate), shapes (5 integers per component:
 //               ma, na, mb, nb, identity; kernels/params.h)
+//               nf4_linear_rows: one of several mixtures for each row of x, A [adapters, entries of all A_i], B likewise,
+//               alpha [adapters, r], adapter [rows] int32 (below 0: no mixture)
 //   path        "auto", "merged" or "factored": how the mixture is computed (ops/choose.h)
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -24,6 +26,10 @@ TORCH_LIBRARY(moka, m) {
       "nf4_linear(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, "
       "int blocksize, int blocksize2, int N, int K, Tensor? bias, "
       "Tensor? A, Tensor? B, Tensor? alpha, int[] shapes, bool transpose, str path) -> Tensor");
+  m.def(
+      "nf4_linear_rows(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, "
+      "int blocksize, int blocksize2, int N, int K, Tensor? bias, "
+      "Tensor A, Tensor B, Tensor alpha, Tensor adapter, int[] shapes) -> Tensor");
   m.def(
       "dense_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor alpha, int[] shapes, str path) "
       "-> Tensor");

@@ -18,6 +18,11 @@ struct MixtureArgs {
   const float* alpha;  // [r]
   Dtype factor_dtype;  // kF32, or the dtype of the op's result
   KronParams shapes;   // shapes.r == 0: no mixture
+
+  // For launch_decode alone: adapter [tokens] on the device chooses per token among factors stacked with these
+  // strides (in entries) and alpha [adapters, r]; a negative one chooses none. Null: one adapter for all.
+  const int32_t* adapter = nullptr;
+  int64_t a_stride = 0, b_stride = 0;
 };
 
 // packed, absmax [w.numel() / blocksize] from w: the codes and scales bitsandbytes' CUDA kernels produce.

@@ -2,8 +2,8 @@
 //
 // decode_kernel: W x on tensor cores, with the codes decoded in registers by a 256-entry table of pairs, one copy per
 // shared-memory bank; block scales are applied to sums over blocks of 64, in fp32; then the mixture's shares and the
-// bias are added and y is rounded once. Each launch overlaps the one before it: it fills its table and fetches its
-// first weights, which are constant, and only then waits.
+// bias are added and y is rounded once. Each launch overlaps the one before it: it fills its table, and only then
+// waits.
 #include "decode_cuda.h"
 #include "decode_mixture.cuh"
 
@@ -14,7 +14,7 @@ constexpr int kLanes = 32;
 constexpr int kBlock = 64;   // weights per absmax
 constexpr int kChunk = 256;  // columns a warp handles at a time: four blocks of each of its rows
 constexpr int kTableBytes = 256 * kLanes * 4;
-constexpr int kTwoTokenBytes = 96 << 10;  // of shared memory: within it the mixture's thread blocks take two tokens
+constexpr int kSharedPercent = 44;  // of a multiprocessor's shared memory beside a mixture; the rest caches, on Hopper
 
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -97,9 +97,9 @@ __host__ __device__ constexpr int decode_bytes() {
 // share out K. With a mixture the launch before is mixture_kernel, which lets this one start once the kernels before
 // it are complete: x may be read then, past the L1, but not yet the shares.
 template <typename T, int MT, int NT, int WARPS, bool kMixture>
-__global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) : 1)
+__global__ void __launch_bounds__(WARPS* kLanes, WARPS* MT == 8 ? 2 : 1)
     decode_kernel(const T* x, int tokens, const __grid_constant__ Nf4Params w, int shift2, const T* bias,
-                  const float* shares, int components, T* y) {
+                  const float* shares, int components, const int32_t* adapter, T* y) {
   extern __shared__ __align__(16) uint8_t smem[];
   constexpr int kRows = 16 * MT, kStride = 8 * NT + 1;
   uint32_t* table = reinterpret_cast<uint32_t*>(smem);
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) 
   const int token0 = blockIdx.y * 8 * NT, count = min(8 * NT, tokens - token0);
   const int chunks = K / kChunk;
 
-  constexpr bool kPrefetch = MT == 1;  // with two row tiles the registers do not suffice
   Fragment<MT> next;
+  if (kMixture) let_next_start();
   fill_table<T>(table);
   // The kernel in front may have written the weight. With a mixture that is the mixture's, which let this one start
   // only after everything in front of it had ended.
@@ -123,13 +123,13 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) 
     for (int i = threadIdx.x; i < 256; i += blockDim.x) code2[i] = __ldcg(w.code2 + i);
   __syncthreads();
 
-  let_next_start();
+  if (!kMixture) let_next_start();
   const uint32_t table_lane = static_cast<uint32_t>(__cvta_generic_to_shared(table + lane));
   x += static_cast<int64_t>(token0 + g) * K + quad * 16;
   float acc[MT][NT][4] = {};
   for (int chunk = warp; chunk < chunks; chunk += WARPS) {
     const Fragment<MT> now = next;
-    if (kPrefetch && chunk + WARPS < chunks) next.load(w, row0 + g, chunk + WARPS, shift2, quad);
+    if (chunk + WARPS < chunks) next.load(w, row0 + g, chunk + WARPS, shift2, quad);
     float scale[MT][2];
 #pragma unroll
     for (int m = 0; m < MT; ++m)
@@ -173,7 +173,6 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) 
         }
       }
     }
-    if (!kPrefetch && chunk + WARPS < chunks) next.load(w, row0 + g, chunk + WARPS, shift2, quad);
   }
   __syncthreads();  // the table's last use is over
 #pragma unroll
@@ -189,8 +188,14 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS == 8 ? (NT == 1 ? 3 : 2) 
     const int r = o % kRows, t = o / kRows;
     const int64_t at = static_cast<int64_t>(token0 + t) * N + row0 + r;
     float v = 0.f;
-#pragma unroll 5
-    for (int i = 0; kMixture && i < components; ++i) v += __ldcg(shares + static_cast<int64_t>(i) * tokens * N + at);
+    if (kMixture && !(adapter && __ldcg(adapter + token0 + t) < 0)) {
+      float share[kMaxDecodeComponents];  // all are under way before the first is used
+#pragma unroll
+      for (int i = 0; i < kMaxDecodeComponents; ++i)
+        share[i] = i < components ? __ldcg(shares + static_cast<int64_t>(i) * tokens * N + at) : 0.f;
+#pragma unroll
+      for (int i = 0; i < kMaxDecodeComponents; ++i) v += share[i];
+    }
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) v += sums[(k * kRows + r) * kStride + t];
     if (bias) v += to_float(bias[row0 + r]);
@@ -210,6 +215,7 @@ struct DecodeArgs {
   void* y;
   cudaStream_t stream;
   bool hopper;
+  int multiprocessors;
 };
 
 // On Hopper the launch overlaps the kernel before it.
@@ -217,8 +223,7 @@ template <typename... Params, typename... Args>
 cudaError_t launch(const DecodeArgs& d, void (*kernel)(Params...), dim3 grid, int threads, int bytes, Args... args) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess && d.plan.r)  // two kernels share a multiprocessor only if they divide its memory alike
-    error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kSharedPercent);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -233,19 +238,14 @@ cudaError_t launch(const DecodeArgs& d, void (*kernel)(Params...), dim3 grid, in
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
-template <typename T, typename TF, int TG>
-cudaError_t launch_mixture(const DecodeArgs& d) {
-  const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
-  const int K = static_cast<int>(d.w.K), N = static_cast<int>(d.w.N);
-  const dim3 grid(static_cast<unsigned>(d.plan.blocks), static_cast<unsigned>(ceil_div(d.tokens, TG)));
-  return launch(d, mixture_kernel<T, TF, TG>, grid, kMixtureThreads, mixture_bytes<TF>(d.plan, K, TG),
-                static_cast<const T*>(d.x), d.tokens, K, N, f, d.plan, d.shares);
-}
-
 template <typename T, typename TF>
 cudaError_t launch_mixture(const DecodeArgs& d) {
-  const bool two = d.tokens > 8 && mixture_bytes<TF>(d.plan, static_cast<int>(d.w.K), 2) <= kTwoTokenBytes;
-  return two ? launch_mixture<T, TF, 2>(d) : launch_mixture<T, TF, 1>(d);
+  const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
+  const Adapters adapters = {d.mix.adapter, d.mix.a_stride, d.mix.b_stride};
+  const int fetchers = d.hopper && d.w.N * d.w.K / 2 <= kPrefetchBytes ? kPrefetchBlocks : 0;
+  const dim3 grid(static_cast<unsigned>(fetchers + d.plan.blocks * d.tokens));
+  return launch(d, mixture_kernel<T, TF>, grid, kMixtureThreads, mixture_bytes(d.plan, sizeof(TF)),
+                static_cast<const T*>(d.x), d.tokens, f, adapters, d.plan, d.w, d.shift2, fetchers, d.shares);
 }
 
 template <typename T, int MT, int NT, int WARPS>
@@ -253,7 +253,7 @@ cudaError_t launch_main(const DecodeArgs& d) {
   auto* kernel = d.plan.r ? decode_kernel<T, MT, NT, WARPS, true> : decode_kernel<T, MT, NT, WARPS, false>;
   const dim3 grid(static_cast<unsigned>(d.w.N / (16 * MT)), static_cast<unsigned>(ceil_div(d.tokens, 8 * NT)));
   return launch(d, kernel, grid, WARPS * kLanes, decode_bytes<MT, NT, WARPS>(), static_cast<const T*>(d.x), d.tokens,
-                d.w, d.shift2, static_cast<const T*>(d.bias), d.shares, d.plan.r, static_cast<T*>(d.y));
+                d.w, d.shift2, static_cast<const T*>(d.bias), d.shares, d.plan.r, d.mix.adapter, static_cast<T*>(d.y));
 }
 
 template <typename T>
@@ -263,8 +263,12 @@ cudaError_t decode(const DecodeArgs& d) {
     const cudaError_t error = fp32 ? launch_mixture<T, float>(d) : launch_mixture<T, T>(d);
     if (error != cudaSuccess) return error;
   }
-  if (d.tokens <= 8) return launch_main<T, 1, 1, 8>(d);
-  return d.w.N % 32 == 0 ? launch_main<T, 2, 2, 16>(d) : launch_main<T, 1, 2, 8>(d);
+  // H100: 16 warps halve the time of a thread block, which pays where there is one per multiprocessor at most; two row
+  // tiles read x half as often.
+  const bool few_rows = d.w.N / 16 <= d.multiprocessors;
+  if (d.tokens <= 8) return few_rows ? launch_main<T, 1, 1, 16>(d) : launch_main<T, 1, 1, 8>(d);
+  if (few_rows) return launch_main<T, 1, 2, 16>(d);
+  return d.w.N % 32 == 0 ? launch_main<T, 2, 2, 8>(d) : launch_main<T, 1, 2, 8>(d);
 }
 
 int device_attribute(cudaDeviceAttr attribute) {
@@ -292,9 +296,9 @@ bool decode_supports(const MixtureArgs& mix) {
     const KronComponent& c = p.components[i];
     ok = ok && c.na % vector == 0 && c.nb % vector == 0 && c.a_offset % vector == 0 && c.b_offset % vector == 0;
   }
-  const int K = static_cast<int>(p.K);
-  const int bytes = vector == 4 ? mixture_bytes<float>(plan, K, 1) : mixture_bytes<__half>(plan, K, 1);
-  return ok && p.K < (1 << 20) && bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ok = ok && mix.a_stride % vector == 0 && mix.b_stride % vector == 0;
+  return ok && p.K < (1 << 20) &&
+         mixture_bytes(plan, 16 / vector) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixture.r * mixture.N * tokens; }
@@ -302,12 +306,14 @@ int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixtu
 cudaError_t launch_decode(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias,
                           const MixtureArgs& mix, float* scratch, void* y, cudaStream_t stream) {
   if (tokens == 0 || w.N == 0) return cudaSuccess;
-  if (tokens > (mix.shapes.r ? kMaxDecodeTokensMixture : kMaxDecodeTokens)) return cudaErrorInvalidValue;
+  if (tokens > kMaxDecodeTokens) return cudaErrorInvalidValue;
   const MixturePlan plan = plan_mixture(mix.shapes);
   int shift2 = 0;
   while (!w.absmax && (int64_t{1} << shift2) < w.blocksize2) ++shift2;
   const bool hopper = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  const DecodeArgs d = {x, static_cast<int>(tokens), w, shift2, bias, mix, plan, scratch, y, stream, hopper};
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const DecodeArgs d = {x,      static_cast<int>(tokens), w, shift2, bias, mix, plan, scratch, y, stream,
+                        hopper, multiprocessors};
   return dtype == Dtype::kBF16 ? decode<__nv_bfloat16>(d) : decode<__half>(d);
 }
 

@@ -9,8 +9,7 @@
 
 namespace moka::cuda {
 
-constexpr int64_t kMaxDecodeTokens = 64;         // without a mixture
-constexpr int64_t kMaxDecodeTokensMixture = 16;  // with one
+constexpr int64_t kMaxDecodeTokens = 64;
 
 // Whether the kernels take this weight: K a multiple of 256, N of 16, blocks of 64, aligned.
 bool decode_supports(const Nf4Params& w);

@@ -3,7 +3,8 @@
 // A component works on slices that need nothing of each other. With A first, slice ia computes the row
 // v[jb] = alpha sum_ja A[ia, ja] X[ja, jb] and from it mb outputs y[ia, ib] = sum_jb B[ib, jb] v[jb]; with B first,
 // slice ib computes v[ja] = alpha sum_jb B[ib, jb] X[ja, jb] and y[ia, ib] = sum_ja A[ia, ja] v[ja]. A thread block
-// takes 16 slices for up to TG tokens, both halves on tensor cores in tf32, which holds 16-bit activations exactly.
+// takes 16 slices of one token, both halves on tensor cores in tf32, which holds 16-bit activations exactly. It waits
+// for memory once: what both halves read goes straight to the registers of the warps that multiply it.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +14,11 @@
 namespace moka::cuda {
 
 constexpr int kMaxDecodeComponents = 16;
-constexpr int kMixtureThreads = 256;
-constexpr int kSlices = 16;  // per thread block
+constexpr int kMixtureThreads = 256;      // of at most 96 registers, which two thread blocks of the decode kernel leave
+constexpr int kSlices = 16;               // per thread block
+constexpr int kAhead = 4;                 // pieces of the second factor that a warp loads before the first half
+constexpr int kPrefetchBlocks = 128;      // thread blocks that only fetch the weight for the decode kernel
+constexpr int kPrefetchBytes = 16 << 20;  // a larger weight would leave the L2 before it is read
 
 // Lets the next kernel of the stream start, and waits until the kernels before this one are complete; both do
 // nothing unless the launch says so.
@@ -28,11 +32,30 @@ __device__ __forceinline__ void wait_for_previous() {
   cudaGridDependencySynchronize();
 #endif
 }
-// Fetches into the L2; both multiples of 16.
+// Fetches into the L2 the 16-byte units that hold these bytes.
 __device__ __forceinline__ void prefetch_l2(const void* p, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+  const uintptr_t from = reinterpret_cast<uintptr_t>(p) & ~uintptr_t{15};
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes + 15) & ~uintptr_t{15};
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(static_cast<int>(end - from)) : "memory");
 #endif
+}
+// The thread block fetches rows of the weight, and what their scales need, into the L2. That is allowed before the
+// kernels in front are complete: what they write, they write to the L2 too.
+__device__ __forceinline__ void prefetch_rows(const Nf4Params& w, int shift2, int64_t row, int rows) {
+  const int64_t blocks = w.K / 64, block = row * blocks;
+  const int thread = threadIdx.x, count = static_cast<int>(rows * blocks);
+  for (int r = thread; r < rows; r += blockDim.x) prefetch_l2(w.packed + (row + r) * (w.K / 2), w.K / 2);
+  const int last = blockDim.x - 1 - thread;  // another warp's lanes
+  if (w.absmax) {
+    if (last == 0) prefetch_l2(w.absmax + block, count * 4);
+  } else {
+    if (last == 0) prefetch_l2(w.absmax_q + block, count);
+    if (last == 1)
+      prefetch_l2(w.absmax2 + (block >> shift2), (((block + count - 1) >> shift2) - (block >> shift2) + 1) * 4);
+    if (last == 2) prefetch_l2(w.code2, 256 * 4);
+    if (last == 3) prefetch_l2(w.offset, 4);
+  }
 }
 
 // One component: `first` [slices, terms] contracts x, `second` [rows, middle] what comes of it.
@@ -53,8 +76,9 @@ struct MixturePlan {
 // Floats between the slices of v: a multiple of 16, odd times that against bank conflicts.
 __host__ __device__ constexpr int middle_stride(int middle) { return (middle + 15) / 16 * 16 | 16; }
 
-// How many warps share one 8-column tile of v, each taking some of the terms.
-__host__ __device__ constexpr int term_parts(int tiles) {
+// How many warps share 16 columns of v, each taking some of the terms: a power of two.
+__host__ __device__ constexpr int term_parts(int middle) {
+  const int tiles = (middle + 15) / 16;
   return tiles < kMixtureThreads / 32 ? kMixtureThreads / 32 / tiles : 1;
 }
 
@@ -96,155 +120,228 @@ __device__ __forceinline__ uint32_t tf32(float v) {
 
 // d += a b for 16 rows, 16 terms and 8 columns. A lane holds four neighbouring terms of rows g and g + 8 of a, and
 // of column g of b; which terms those are, the product need not know.
-__device__ __forceinline__ void mma_tf32(float (&d)[4], float4 low, float4 high, float4 b) {
-  const auto step = [&](float a0, float a1, float a2, float a3, float b0, float b1) {
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint4& low, const uint4& high, const uint4& b) {
+  const auto step = [&](uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(tf32(a0)), "r"(tf32(a1)), "r"(tf32(a2)), "r"(tf32(a3)), "r"(tf32(b0)), "r"(tf32(b1)));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   };
   step(low.x, high.x, low.y, high.y, b.x, b.y);
   step(low.z, high.z, low.w, high.w, b.z, b.w);
 }
+__device__ __forceinline__ uint4 tf32(float4 v) { return make_uint4(tf32(v.x), tf32(v.y), tf32(v.z), tf32(v.w)); }
 
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
+// Four neighbouring terms of two rows of a factor that are eight apart.
+struct Rows {
+  float4 low, high;
+
+  template <typename TF>
+  __device__ __forceinline__ void load(const TF* row, int64_t eight_rows, bool low_here, bool high_here) {
+    low = high = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (low_here) low = load4(row);
+    if (high_here) high = load4(row + eight_rows);
+  }
+};
+
+// Four entries to shared memory, or zeros.
+template <typename T>
+__device__ __forceinline__ void copy4_async(void* to, const T* from, bool here) {
+  constexpr int kBytes = 4 * sizeof(T);
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes), "r"(here ? kBytes : 0)
                : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// The whole thread block copies `count` values, a multiple of 16 bytes.
+// Two neighbouring columns of X, four terms each: with A first four pairs of columns, else of terms.
 template <typename T>
-__device__ __forceinline__ void copy_values(T* to, const T* from, int count) {
-  constexpr int kVector = 16 / sizeof(T);
-  for (int e = threadIdx.x * kVector; e < count; e += blockDim.x * kVector) copy_async(to + e, from + e);
-}
+struct Columns {
+  uint32_t pair[4];
 
-// Where a thread block keeps what, in shared memory; bytes.
-struct MixtureLayout {
-  int second, x, middle, end;
-
-  template <typename TF>
-  static __host__ __device__ MixtureLayout of(const Half& h, int K, int TG) {
-    const int parts = term_parts((h.middle + 7) / 8);
-    MixtureLayout l;
-    l.second = h.identity ? 0 : kSlices * h.terms * static_cast<int>(sizeof(TF));
-    l.x = l.second + h.rows * h.middle * static_cast<int>(sizeof(TF));
-    l.middle = l.x + TG * K * 2;
-    l.end = l.middle + (parts > TG ? parts : TG) * kSlices * middle_stride(h.middle) * 4;
-    return l;
+  __device__ __forceinline__ void load(const T* x, const int64_t (&step)[3], bool here) {
+    pair[0] = here ? *reinterpret_cast<const uint32_t*>(x) : 0;
+#pragma unroll
+    for (int i = 1; i < 4; ++i) pair[i] = here ? *reinterpret_cast<const uint32_t*>(x + step[i - 1]) : 0;
+  }
+  // Column 0 or 1 in tf32, which holds a T exactly.
+  __device__ __forceinline__ uint4 column(bool a_first, int which) const {
+    const uint32_t select = which ? 0x7632 : 0x5410;  // of two words, the upper halves or the lower ones
+    const uint32_t first = a_first ? __byte_perm(pair[0], pair[1], select) : pair[2 * which];
+    const uint32_t second = a_first ? __byte_perm(pair[2], pair[3], select) : pair[2 * which + 1];
+    const auto bits = [](uint32_t two, int i) {
+      const uint16_t half = static_cast<uint16_t>(two >> 16 * i);
+      return __float_as_uint(to_float(*reinterpret_cast<const T*>(&half)));
+    };
+    return make_uint4(bits(first, 0), bits(first, 1), bits(second, 0), bits(second, 1));
   }
 };
 
-// shares [r, tokens, N]. blockIdx.x names a component and its slices, blockIdx.y the tokens.
-template <typename T, typename TF, int TG>
-__global__ void __launch_bounds__(kMixtureThreads)
-    mixture_kernel(const T* x, int tokens, int K, int N, Factors<TF> f, const __grid_constant__ MixturePlan plan,
-                   float* shares) {
+// Which token has which adapter: the factors of adapter i start i strides further, and its alphas i times r. A token
+// of a negative adapter has none. A null `of_token`: one adapter for all.
+struct Adapters {
+  const int32_t* of_token;
+  int64_t a_stride, b_stride;
+};
+
+// shares [r, tokens, N]. After `fetchers` thread blocks that only prefetch the weight, each names a
+// token, a component and its slices.
+template <typename T, typename TF>
+__global__ void __launch_bounds__(kMixtureThreads, 2)
+    mixture_kernel(const T* x, int tokens, Factors<TF> f, Adapters adapters, const __grid_constant__ MixturePlan plan,
+                   const __grid_constant__ Nf4Params w, int shift2, int fetchers, float* shares) {
   extern __shared__ __align__(16) uint8_t smem[];
-  constexpr int kWarps = kMixtureThreads / 32;
+  constexpr int kWarps = kMixtureThreads / 32, kPiece = kMixtureThreads * 4;
+  TF* const ahead = reinterpret_cast<TF*>(smem) + threadIdx.x * 4;  // [kAhead, 2, threads, 4], each thread's own
+  float* const v = reinterpret_cast<float*>(smem + kAhead * 2 * kPiece * sizeof(TF));  // [parts, kSlices, stride]
+  if (static_cast<int>(blockIdx.x) < fetchers) {
+    const int N = static_cast<int>(w.N), each = static_cast<int>(ceil_div(N, fetchers)), row = blockIdx.x * each;
+    if (row < N) prefetch_rows(w, shift2, row, min(each, N - row));
+    return;
+  }
   const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, quad = thread % 4;
+  const int token = (blockIdx.x - fetchers) / plan.blocks, block = (blockIdx.x - fetchers) % plan.blocks;
   int i = 0;
-  while (i + 1 < plan.r && static_cast<int>(blockIdx.x) >= plan.half[i + 1].first_block) ++i;
-  const Half h = plan.half[i];
-  const MixtureLayout layout = MixtureLayout::of<TF>(h, K, TG);
-  TF* const first = reinterpret_cast<TF*>(smem);                    // [kSlices, terms]
-  TF* const second = reinterpret_cast<TF*>(smem + layout.second);   // [rows, middle]
-  T* const xs = reinterpret_cast<T*>(smem + layout.x);              // [TG, K]
-  float* const v = reinterpret_cast<float*>(smem + layout.middle);  // [parts or tokens, kSlices, stride]
-  const int slice0 = (blockIdx.x - h.first_block) * kSlices, slices = min(kSlices, h.slices - slice0);
-  const int token0 = blockIdx.y * TG, count = min(TG, tokens - token0);
-  const int stride = middle_stride(h.middle), columns = (h.middle + 7) / 8, tiles = columns * count;
-  const int parts = term_parts(tiles);
-  const TF* first_from = (h.a_first ? f.A : f.B) + h.first_offset + static_cast<int64_t>(slice0) * h.terms;
-  const TF* second_from = (h.a_first ? f.B : f.A) + h.second_offset;
-  const int first_count = h.identity ? 0 : slices * h.terms, second_count = h.rows * h.middle;
-  const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
+  while (i + 1 < plan.r && block >= plan.half[i + 1].first_block) ++i;
+  const Half& h = plan.half[i];
+  const int slice0 = (block - h.first_block) * kSlices, slices = min(kSlices, h.slices - slice0);
+  const int stride = middle_stride(h.middle), parts = term_parts(h.middle), tiles = (h.middle + 15) / 16;
+  const int steps = (h.terms + 15) / 16, row_tiles = (h.rows + 15) / 16;
+  const TF* first = (h.a_first ? f.A : f.B) + h.first_offset + static_cast<int64_t>(slice0) * h.terms;
+  const TF* second = (h.a_first ? f.B : f.A) + h.second_offset;
+  const float* alpha_of = f.alpha + i;
+  x += static_cast<int64_t>(token) * w.K;
 
   // only caches may be touched before the kernels before this one are complete
-  if (thread == 0) {
-    if (!h.identity) prefetch_l2(first_from, first_count * static_cast<int>(sizeof(TF)));
-    prefetch_l2(second_from, second_count * static_cast<int>(sizeof(TF)));
+  if (thread == 0 && !adapters.of_token) {
+    if (!h.identity) prefetch_l2(first, slices * h.terms * static_cast<int>(sizeof(TF)));
+    prefetch_l2(second, h.rows * h.middle * static_cast<int>(sizeof(TF)));
+    prefetch_l2(alpha_of, 4);
   }
   wait_for_previous();
   let_next_start();
+  if (adapters.of_token) {
+    const int64_t adapter = adapters.of_token[token];
+    if (adapter < 0) return;  // the decode kernel leaves these shares out
+    first += adapter * (h.a_first ? adapters.a_stride : adapters.b_stride);
+    second += adapter * (h.a_first ? adapters.b_stride : adapters.a_stride);
+    alpha_of += adapter * plan.r;
+  }
+  const float alpha = *alpha_of;
 
-  copy_values(first, first_from, first_count);
-  copy_values(xs, x + static_cast<int64_t>(token0) * K, count * K);
-  copy_values(second, second_from, second_count);
-  const float alpha = f.alpha[i];
-  wait_for_copies();
-  __syncthreads();
+  // this warp's pieces of the second factor: 16 middle terms of 16 rows, tile after tile
+  const int pieces = warp < row_tiles ? (row_tiles - warp + kWarps - 1) / kWarps * tiles : 0;
+  int load_row = warp * 16 + g, load_term = quad * 4;
+  const TF* load = second + load_row * h.middle + load_term;
+  const auto load_ahead = [&](int count) {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (j >= count) break;
+      const bool here = load_term < h.middle, low = here && load_row < h.rows, high = here && load_row + 8 < h.rows;
+      copy4_async(ahead + j * 2 * kPiece, low ? load : second, low);
+      copy4_async(ahead + (j * 2 + 1) * kPiece, high ? load + 8 * h.middle : second, high);
+      load_term += 16, load += 16;
+      if (load_term < tiles * 16) continue;
+      load_term -= tiles * 16, load_row += kWarps * 16;
+      load += kWarps * 16 * h.middle - tiles * 16;
+    }
+  };
+  load_ahead(pieces);
 
+  const int64_t x_step[3] = {h.a_first ? h.x_term : 2, h.a_first ? 2 * h.x_term : h.x_middle,
+                             h.a_first ? 3 * h.x_term : h.x_middle + 2};
   for (int item = warp; item < tiles * parts && !h.identity; item += kWarps) {
-    const int part = item / tiles, tile = item % tiles, token = tile / columns, column = tile % columns * 8;
-    const bool low = g < slices, high = g + 8 < slices, inside = column + g < h.middle;
-    const T* from = xs + token * K + (column + g) * h.x_middle;
-    float sum[4] = {};
-#pragma unroll 4
-    for (int term = part * 16 + quad * 4; term - quad * 4 < h.terms; term += parts * 16) {
-      const bool here = term < h.terms;
-      float4 a = zero, b = zero, c = zero;
-      if (here && low) a = load4(first + g * h.terms + term);
-      if (here && high) b = load4(first + (g + 8) * h.terms + term);
-      if (here && inside) {
-        const T* p = from + term * h.x_term;
-        c = make_float4(to_float(p[0]), to_float(p[h.x_term]), to_float(p[2 * h.x_term]), to_float(p[3 * h.x_term]));
+    const int part = item & (parts - 1), column = (item >> (31 - __clz(parts))) * 16;
+    int term = part * 16 + quad * 4;
+    const TF* row = first + g * h.terms + term;
+    const T* from = x + static_cast<int64_t>(term) * h.x_term + (column + 2 * g) * h.x_middle;
+    const bool inside = column + 2 * g < h.middle;
+    float even[4] = {}, odd[4] = {};
+    for (int step = part; step < steps; step += 2 * parts) {
+      Rows a[2];
+      Columns<T> b[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const bool here = term < h.terms;
+        a[j].load(row, 8 * h.terms, here && g < slices, here && g + 8 < slices);
+        b[j].load(from, x_step, here && inside);
+        term += parts * 16, row += parts * 16, from += parts * 16 * h.x_term;
       }
-      mma_tf32(sum, a, b, c);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint4 low = tf32(a[j].low), high = tf32(a[j].high);
+        mma_tf32(even, low, high, b[j].column(h.a_first, 0));
+        mma_tf32(odd, low, high, b[j].column(h.a_first, 1));
+      }
     }
-    float* to = v + ((part * count + token) * kSlices + g) * stride + column + quad * 2;
-    to[0] = sum[0], to[1] = sum[1], to[8 * stride] = sum[2], to[8 * stride + 1] = sum[3];
+    float4* to = reinterpret_cast<float4*>(v + (part * kSlices + g) * stride + column + quad * 4);
+    to[0] = make_float4(even[0], odd[0], even[1], odd[1]);
+    to[2 * stride] = make_float4(even[2], odd[2], even[3], odd[3]);
   }
   __syncthreads();
-  for (int row = warp; row < count * kSlices; row += kWarps) {  // a token's slice each
-    const int slice = row % kSlices, token = row / kSlices;
-    for (int column = thread % 32; column < stride; column += 32) {
-      float sum = 0.f;
-      if (column < h.middle && slice < slices) {
-        if (h.identity)
-          sum = to_float(xs[token * K + (slice0 + slice) * h.x_term + column * h.x_middle]);
-        else
-          for (int part = 0; part < parts; ++part) sum += v[(part * count * kSlices + row) * stride + column];
+  static_assert(kMixtureThreads == 16 * kSlices);
+  const int slice = thread / 16;
+  for (int column = thread % 16 * 4; column < tiles * 16; column += 64) {
+    float4* to = reinterpret_cast<float4*>(v + slice * stride + column);
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (!h.identity) {
+      for (int part = 0; part < parts; ++part) {
+        const float4 add = to[part * kSlices * stride / 4];
+        sum.x += add.x, sum.y += add.y, sum.z += add.z, sum.w += add.w;
       }
-      v[row * stride + column] = alpha * sum;
+    } else if (slice < slices && column < h.middle) {
+      const T* from = x + (slice0 + slice) * h.x_term + column * h.x_middle;
+      sum = make_float4(to_float(from[0]), to_float(from[h.x_middle]), to_float(from[2 * h.x_middle]),
+                        to_float(from[3 * h.x_middle]));
     }
+    sum = make_float4(alpha * sum.x, alpha * sum.y, alpha * sum.z, alpha * sum.w);
+    *reinterpret_cast<uint4*>(to) = tf32(sum);
   }
   __syncthreads();
-  const int row_tiles = (h.rows + 15) / 16;
-  for (int item = warp; item < 2 * row_tiles; item += kWarps) {
-    const int row = item % row_tiles * 16 + g, column = item / row_tiles * 8;
-    if (column >= slices) break;
-    float sum[TG][4] = {};
-#pragma unroll 2
-    for (int term = quad * 4; term - quad * 4 < h.middle; term += 16) {
-      float4 a = zero, b = zero;
-      if (term < h.middle && row < h.rows) a = load4(second + row * h.middle + term);
-      if (term < h.middle && row + 8 < h.rows) b = load4(second + (row + 8) * h.middle + term);
-#pragma unroll
-      for (int t = 0; t < TG; ++t)
-        if (t < count)
-          mma_tf32(sum[t], a, b, *reinterpret_cast<float4*>(v + (t * kSlices + column + g) * stride + term));
+
+  float* const y = shares + (static_cast<int64_t>(i) * tokens + token) * w.N + slice0 * h.y_slice;
+  const int column = quad * 4;  // of 16 slices, the first of this lane's four
+  const auto store = [&](int row, float4 values) {
+    if (row >= h.rows) return;
+    float* to = y + row * h.y_row + column * h.y_slice;
+    if (h.y_slice == 1 && h.slices % 4 == 0) {
+      if (column < slices) *reinterpret_cast<float4*>(to) = values;
+      return;
     }
-    const int slice = column + quad * 2;
+    if (column < slices) to[0] = values.x;
+    if (column + 1 < slices) to[h.y_slice] = values.y;
+    if (column + 2 < slices) to[2 * h.y_slice] = values.z;
+    if (column + 3 < slices) to[3 * h.y_slice] = values.w;
+  };
+  const float* from = v + (g / 2 * 4 + g % 2) * stride + quad * 4;  // column g of the first product; + 2: the second
+  float low[4] = {}, high[4] = {};
+  int tile = warp, step = 0;
+  for (int piece = 0; piece < pieces; piece += kAhead) {
+    if (piece) load_ahead(pieces - piece);
+    wait_for_copies();  // this thread's own
 #pragma unroll
-    for (int t = 0; t < TG; ++t) {
-      if (t >= count) break;
-      float* y = shares + (static_cast<int64_t>(i) * tokens + token0 + t) * N + slice0 * h.y_slice;
+    for (int j = 0; j < kAhead; ++j) {
+      if (piece + j >= pieces) break;
+      const uint4 a_low = tf32(load4(ahead + j * 2 * kPiece)), a_high = tf32(load4(ahead + (j * 2 + 1) * kPiece));
+      mma_tf32(low, a_low, a_high, *reinterpret_cast<const uint4*>(from + step * 16));
+      mma_tf32(high, a_low, a_high, *reinterpret_cast<const uint4*>(from + 2 * stride + step * 16));
+      if (++step < tiles) continue;
+      store(tile * 16 + g, make_float4(low[0], low[1], high[0], high[1]));
+      store(tile * 16 + g + 8, make_float4(low[2], low[3], high[2], high[3]));
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (slice + e % 2 < slices && row + e / 2 * 8 < h.rows)
-          y[(slice + e % 2) * h.y_slice + (row + e / 2 * 8) * h.y_row] = sum[t][e];
+      for (int e = 0; e < 4; ++e) low[e] = high[e] = 0.f;
+      step = 0, tile += kWarps;
     }
   }
 }
 
-// Bytes of shared memory for TG tokens at once.
-template <typename TF>
-int mixture_bytes(const MixturePlan& plan, int K, int TG) {
+// Bytes of shared memory that the kernel needs for factors of so many bytes an entry.
+inline int mixture_bytes(const MixturePlan& plan, int entry) {
   int bytes = 0;
-  for (int i = 0; i < plan.r; ++i) bytes = std::max(bytes, MixtureLayout::of<TF>(plan.half[i], K, TG).end);
-  return bytes;
+  for (int i = 0; i < plan.r; ++i) {
+    const int middle = plan.half[i].middle;
+    bytes = std::max(bytes, term_parts(middle) * kSlices * middle_stride(middle) * 4);
+  }
+  return bytes + kAhead * 2 * kMixtureThreads * 4 * entry;
 }
 
 }  // namespace moka::cuda

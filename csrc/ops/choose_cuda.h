@@ -1,4 +1,4 @@
-// Which CUDA kernel computes what, decided here and nowhere else. From measurements on an H200;
+// Which CUDA kernel computes what, decided here and nowhere else. From measurements on an H100 and an H200;
 // benchmarks/bench_cuda.py prints the choices beside the timings.
 #pragma once
 
@@ -33,7 +33,9 @@ inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const Mixt
   if (transpose || !sixteen_bit(dtype)) return LinearKernel::kBuild;
   const bool hopper = at::cuda::getCurrentDeviceProperties()->major == 9, mixed = mix.shapes.r > 0;
   const bool few = decode_supports(w) && decode_supports(mix);
-  if (few && tokens <= (mixed ? kMaxDecodeTokensMixture : 16)) return LinearKernel::kDecode;
+  // a mixture per row can't be merged into one weight; of one for all, that pays from 17 tokens, or 33 of few rows
+  const int64_t factored = mix.adapter ? kMaxDecodeTokens : w.N <= 8192 ? 32 : 16;
+  if (few && tokens <= (mixed ? factored : 16)) return LinearKernel::kDecode;
   // up to 512 tokens, and 128 of a small weight, whose dense copy is quickly made
   if (hopper && !mixed && tokens <= (w.N * w.K < 1 << 23 ? 128 : 512) && nf4_gemm_supports(w))
     return LinearKernel::kGemmSm90;

@@ -3,11 +3,10 @@
 
 #include "choose_cuda.h"
 #include "kron_cuda.h"
+#include "rows.h"
 
 namespace moka::cuda {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 std::tuple<at::Tensor, at::Tensor> nf4_quantize(const at::Tensor& w, int64_t blocksize) {
   at::AutoDispatchBelowADInplaceOrView below;  // gradients belong to moka.functional
@@ -53,6 +52,25 @@ at::Tensor nf4_dequantize(const at::Tensor& packed, const at::Tensor& absmax, co
   return build(w, mix, dtype);
 }
 
+// In x's dtype, contiguous.
+OptionalTensor bias_of(const OptionalTensor& bias, int64_t out, const at::Tensor& x) {
+  if (!bias) return std::nullopt;
+  check_bias(*bias, out, x);
+  return bias->to(x.scalar_type()).contiguous();
+}
+
+const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// y of x [tokens, K] by launch_decode.
+at::Tensor few_tokens(const at::Tensor& x, const Nf4Params& w, const OptionalTensor& bias, const MixtureArgs& mix) {
+  const int64_t tokens = x.size(0);
+  at::Tensor y = at::empty({tokens, w.N}, x.options());
+  const at::Tensor scratch = at::empty({decode_scratch(mix.shapes, tokens)}, x.options().dtype(at::kFloat));
+  C10_CUDA_CHECK(launch_decode(x.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w, data(bias), mix,
+                               scratch.mutable_data_ptr<float>(), y.mutable_data_ptr(), current_stream()));
+  return y;
+}
+
 at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax,
                       const OptionalTensor& absmax2, const OptionalTensor& code2, const OptionalTensor& offset,
                       int64_t blocksize, int64_t blocksize2, int64_t N, int64_t K, const OptionalTensor& bias,
@@ -71,28 +89,17 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
   sizes.push_back(out);
   const at::Tensor x2 = aligned_rows(x, in);
   const int64_t tokens = x2.size(0);
-  std::optional<at::Tensor> b;
-  if (bias) {
-    check_bias(*bias, out, x);
-    b = bias->to(x.scalar_type()).contiguous();
-  }
-  const void* bias_data = b ? b->const_data_ptr() : nullptr;
+  const OptionalTensor b = bias_of(bias, out, x);
   const MixtureArgs args = mix.A.defined() ? mix.args : MixtureArgs{};
   const auto kernel =
       tokens == 0 ? LinearKernel::kBuild : choose_linear(tokens, w.params, args, x.scalar_type(), transpose);
   if (kernel == LinearKernel::kGemmSm90) {
     at::Tensor y = at::empty({tokens, out}, x.options());
-    C10_CUDA_CHECK(launch_nf4_gemm_sm90(x2.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w.params, bias_data,
+    C10_CUDA_CHECK(launch_nf4_gemm_sm90(x2.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w.params, data(b),
                                         y.mutable_data_ptr(), current_stream()));
     return y.view(sizes);
   }
-  if (kernel == LinearKernel::kDecode && path != "merged") {
-    at::Tensor y = at::empty({tokens, out}, x.options());
-    const at::Tensor scratch = at::empty({decode_scratch(args.shapes, tokens)}, x.options().dtype(at::kFloat));
-    C10_CUDA_CHECK(launch_decode(x2.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w.params, bias_data, args,
-                                 scratch.mutable_data_ptr<float>(), y.mutable_data_ptr(), current_stream()));
-    return y.view(sizes);
-  }
+  if (kernel == LinearKernel::kDecode && path != "merged") return few_tokens(x2, w.params, b, args).view(sizes);
   const bool factored = A.has_value() && path == "factored";
   const at::Tensor dense = build(w, factored ? CudaMixture() : mix, x.scalar_type());
   const at::Tensor weight = transpose ? dense : dense.t();
@@ -104,12 +111,37 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
   return factored ? kron_mix(x, *A, *B, *alpha, shapes, transpose, y) : y;
 }
 
+at::Tensor nf4_linear_rows(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax,
+                           const OptionalTensor& absmax2, const OptionalTensor& code2, const OptionalTensor& offset,
+                           int64_t blocksize, int64_t blocksize2, int64_t N, int64_t K, const OptionalTensor& bias,
+                           const at::Tensor& A, const at::Tensor& B, const at::Tensor& alpha, const at::Tensor& adapter,
+                           at::IntArrayRef shapes) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  check_dtype("x", x, kFloats);
+  const Mixture one = parse_rows(x, N, K, A, B, alpha, adapter, shapes);
+  const Nf4Args w(packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K);
+  check_device("packed", packed, "x", x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const CudaMixture mix(A, B, alpha, shapes, x.scalar_type());
+  const at::Tensor rows = aligned_rows(x, K), of_row = adapter.contiguous();
+  MixtureArgs args = mix.args;
+  args.adapter = of_row.const_data_ptr<int32_t>();
+  args.a_stride = one.a_numel, args.b_stride = one.b_numel;
+  if (!mix.fp64 && rows.size(0) > 0 &&
+      choose_linear(rows.size(0), w.params, args, x.scalar_type(), false) == LinearKernel::kDecode) {
+    return few_tokens(rows, w.params, bias_of(bias, N, x), args);
+  }
+  return nf4_linear_masked(x, packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K, bias, A, B, alpha,
+                           adapter, shapes);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moka, CUDA, m) {
   m.impl("nf4_quantize", &nf4_quantize);
   m.impl("nf4_dequantize", &nf4_dequantize);
   m.impl("nf4_linear", &nf4_linear);
+  m.impl("nf4_linear_rows", &nf4_linear_rows);
 }
 
 }  // namespace moka::cuda
