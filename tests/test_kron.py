@@ -100,16 +100,20 @@ def test_specification(name):
     torch.testing.assert_close(reference.kron_mixture(m.x, *m.params, m.shapes), m.x @ dense.T)
 
 
+#: sums of a few terms, of which the order decides: some BLAS libraries err by 0.7 u where the limit is 32 u
+SHORT = ("primes",)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_mix(name, dtype):
     for tokens in (1, 3, 20):
-        Mixture(CASES[name], tokens, dtype, make=shifted).check_mix()
+        Mixture(CASES[name], tokens, dtype, make=shifted).check_mix(by_ratio=name not in SHORT)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_grad(name, dtype):
     for tokens in (1, 7, 50):  # with 50 most of these small cases go through panels of G
-        Mixture(CASES[name], tokens, dtype, make=shifted).check_grad()
+        Mixture(CASES[name], tokens, dtype, make=shifted).check_grad(by_ratio=name not in SHORT)
 
 
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float32], ids=str)
