@@ -5,6 +5,7 @@ from .checkpoint import load_adapter, save_adapter
 from .config import MokaConfig
 from .info import info
 from .inject import active_adapters, adapter_layers, disabled, eject, inject, set_adapter
+from .integrations.distributed import shard
 from .layers import delta_weight
 from .merge import merge, merge_errors, unmerge
 from .plan import plan
@@ -29,6 +30,7 @@ __all__ = [
     "quantize",
     "save_adapter",
     "set_adapter",
+    "shard",
     "summary",
     "unmerge",
 ]

@@ -52,8 +52,15 @@ class NF4Linear(nn.Module):
     def op_args(self) -> tuple:
         """The weight as the operators take it."""
         t = self._buffers  # a fifth of the time that five attributes of a module take
-        tensors = t["packed"], t["absmax"], t["absmax2"], t["code2"], t["offset"]
+        packed = t["packed"] if "packed" in t else self._parameters["packed"]
+        tensors = packed, t["absmax"], t["absmax2"], t["code2"], t["offset"]
         return (*tensors, self.blocksize, self.blocksize2, self.out_features, self.in_features)
+
+    def hold_as_parameter(self) -> None:
+        """Makes `packed` a frozen parameter, under the same name: FSDP splits parameters and leaves buffers whole."""
+        if "packed" in self._buffers:
+            packed = self._buffers.pop("packed")
+            self.packed = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]` in x's dtype (the autocast dtype under autocast)."""
