@@ -118,7 +118,9 @@ def check_distributed(model: nn.Module, **settings: Any) -> None:
     if not getattr(module, "moka_config", {}):
         raise StateError("check_distributed: the model has no adapter; call moka.inject first")
     everyone: list[Any] = [None] * dist.get_world_size()
-    mine = {"problem": _problem(model), "place": _place(module), "fields": _fields(module) | settings}
+    problem = _problem(model)
+    fields = {} if problem else _fields(module) | settings
+    mine = {"problem": problem, "place": _place(module), "fields": fields}
     dist.all_gather_object(everyone, mine)  # a process that raised alone would leave the others waiting
     for rank, other in enumerate(everyone):
         if other["problem"]:

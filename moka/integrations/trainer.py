@@ -9,6 +9,7 @@ In several processes (DDP, FSDP2) all of them stop together, and the first one w
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import math
@@ -84,17 +85,20 @@ class MokaTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_accelerator(self.accelerator, self.model)
-        if is_fsdp_module(self.model):
-            # transformers then leaves the model as it is: it must not be wrapped in DDP
-            self.is_distributed_loading_by_transformers = True
         self._sharded = self.is_fsdp_enabled or is_fsdp_module(self.model)
+        if is_fsdp_module(self.model):
+            # moka.shard has done what accelerate would do, which would else wrap the model in DDP
+            self.accelerator.prepare_model = functools.partial(
+                _prepare_sharded, self.accelerator.prepare_model
+            )
         self.interrupted = False
+        self.sampler: GroupedByLength | None = None
         # num_items_in_batch is used by compute_loss below, whatever the model's own forward accepts
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         forward = inspect.signature(self.accelerator.unwrap_model(self.model).forward)
         self._selects_logits = "logits_to_keep" in forward.parameters
-        self.add_callback(_StopAfterStep(self))
+        self.add_callback(_Steps(self))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -162,7 +166,8 @@ class MokaTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
-        return GroupedByLength(dataset.lengths(), self.args.train_batch_size, self.args.seed)  # pyright: ignore
+        self.sampler = GroupedByLength(dataset.lengths(), self.args.train_batch_size, self.args.seed)  # pyright: ignore
+        return self.sampler
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As `Trainer.train`; SIGTERM finishes the step, saves a checkpoint and returns.
@@ -258,14 +263,21 @@ class MokaTrainer(Trainer):
             signal.signal(signal.SIGTERM, previous)
 
 
-class _StopAfterStep(TrainerCallback):
-    """Saves and stops at the end of the step in which the trainer was interrupted, on any process."""
+class _Steps(TrainerCallback):
+    """Checks the wrapped model, tells the sampler its epoch; saves and stops at the end of the step in which the
+    trainer was interrupted, on any process.
+    """
 
     def __init__(self, trainer: MokaTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         check_distributed(self.trainer.model_wrapped)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # accelerate does not find the sampler when several processes resume in the middle of an epoch
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if any_process("SIGTERM" if self.trainer.interrupted else None):
@@ -352,6 +364,10 @@ def first_nonfinite_module(model: nn.Module, inputs: dict[str, Any]) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else "none on a second pass; the loss itself overflowed"
+
+
+def _prepare_sharded(prepare_model: Any, model: Any, **options: Any) -> Any:
+    return prepare_model(model, **{**options, "device_placement": False, "evaluation_mode": True})
 
 
 def _local(tensor: Any) -> Tensor:
