@@ -57,10 +57,10 @@ class NF4Linear(nn.Module):
         return (*tensors, self.blocksize, self.blocksize2, self.out_features, self.in_features)
 
     def hold_as_parameter(self) -> None:
-        """Makes `packed` a frozen parameter, under the same name: FSDP splits parameters and leaves buffers whole."""
-        if "packed" in self._buffers:
-            packed = self._buffers.pop("packed")
-            self.packed = nn.Parameter(packed, requires_grad=False)
+        """Makes `packed` a frozen parameter of the same name: FSDP2 splits those and leaves buffers whole."""
+        packed = self._buffers.pop("packed", None)
+        if packed is not None:
+            self.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]` in x's dtype (the autocast dtype under autocast)."""

@@ -92,8 +92,8 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def base_weights(targets: list[Target]) -> Iterator[NF4Weight | Tensor]:
-    """The frozen weights of the adapted layers, in the order of their paths; a sharded one is gathered when its
-    turn comes.
+    """The frozen weights of the adapted layers, in the order of their paths; a sharded one is gathered when
+    its turn comes.
 
     Raises:
         StateError: an adapter is merged into them.

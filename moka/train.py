@@ -129,7 +129,8 @@ def train(
     """The part of `run` after loading: adapts `model` in place and trains it on `rows`."""
     from transformers import PrinterCallback
 
-    from .integrations.distributed import agree, full_adapters, shard
+    from .integrations.distributed import full_adapters, shard
+    from .integrations.preflight import agree
     from .integrations.trainer import MokaTrainer
 
     started = time.perf_counter()

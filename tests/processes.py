@@ -55,7 +55,7 @@ class Processes:
         return results
 
     def alone(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)` outside of the group, on one GPU at most (transformers would take all it sees)."""
+        """`function(*args)` outside of the group, on one GPU (transformers would take all it sees)."""
         if self.backend == "gloo":
             return function(*args)
         with mp.get_context("spawn").Pool(1, os.environ.__setitem__, ("CUDA_VISIBLE_DEVICES", "0")) as pool:

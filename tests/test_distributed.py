@@ -19,7 +19,8 @@ import moka
 from helpers import LIMITS, errors
 from moka import safefile
 from moka.errors import ConfigError, StateError
-from moka.integrations.distributed import check_distributed, full_adapters
+from moka.integrations.distributed import full_adapters
+from moka.integrations.preflight import check_distributed
 from moka.layout import full_tensor, is_sharded
 
 STEPS, ROWS, TOKENS = 4, 4, 16
@@ -179,7 +180,7 @@ def test_the_4bit_base_is_split_and_adapters_can_be_looked_at(processes):
 
 
 def components_differ() -> None:
-    """Each process drops other components; with DDP's strictest setting an unused tensor would be an error."""
+    """Each process drops other components; in DDP's strictest setting an unused tensor would be an error."""
     model = DistributedDataParallel(adapted(gate_dropout=0.5), find_unused_parameters=False)
     torch.manual_seed(dist.get_rank())
     optimize(model.module, model, slice(dist.get_rank(), None, WORLD))
@@ -211,7 +212,7 @@ def refuse_fsdp1() -> None:
 def refuse_zero3() -> None:
     model = adapted()
     next(model.parameters()).ds_id = 0  # as DeepSpeed marks them
-    with pytest.raises(ConfigError, match="ZeRO-3 .*ZeRO-2"):
+    with pytest.raises(ConfigError, match=r"ZeRO-3 .*ZeRO-2"):
         moka.shard(model)
 
 

@@ -1,4 +1,4 @@
-"""`MokaTrainer` and `moka train` in two processes: one run's numbers and files, and faults that stop them all.
+"""`MokaTrainer` and `moka train` in two processes: one run's numbers and files; faults stop all of them.
 
 On a machine with two GPUs `pytest -m cuda tests/test_distributed_train.py` runs all of it on NCCL.
 """
@@ -28,7 +28,7 @@ from tiny import tiny_model
 
 import moka
 from moka.errors import ConfigError, NonFiniteError
-from moka.integrations.distributed import check_accelerator, is_fsdp_module
+from moka.integrations.preflight import check_accelerator, is_fsdp_module
 from moka.integrations.trainer import MokaTrainer, checkpoint_problem
 from moka.layout import is_sharded
 
@@ -117,9 +117,10 @@ def poisoned(kind: str, output: Path, where: str) -> None:
         return end(*args)
 
     trainer.callback_handler.on_step_end = remember
-    what = r"process 1: the loss is nan; first module .*layers\.1\.self_attn\.q_proj" if where == "loss" else (
-        r"process [01]: a gradient is not finite; .*moka_"
-    )  # fmt: skip
+    what = {
+        "loss": r"process 1: the loss is nan; first module .*layers\.1\.self_attn\.q_proj",
+        "gradient": r"process [01]: a gradient is not finite; .*moka_",
+    }[where]
     with pytest.raises(NonFiniteError, match=rf"step 3: {what}"):
         trainer.train()
     for name, tensor in whole(trainer.model).items():
@@ -303,8 +304,13 @@ def test_moka_train_changes_its_launch_line_only(files, tmp_path):
     assert metrics["steps"] == len(metrics["history"]) == 6 and metrics["processes"] == WORLD
     assert metrics["history"][-1]["loss"] < metrics["history"][0]["loss"]
     assert {path.name for path in run.iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "config.yaml", "metrics.json", "loss.png", "gates.png",
-    }  # fmt: skip
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "config.yaml",
+        "metrics.json",
+        "loss.png",
+        "gates.png",
+    }
     model = moka.load_adapter(moka.quantize(tiny_model(), double_quant=True), run)
     assert len(moka.adapter_layers(model)) == metrics["trainable_parameters"] // 339
 

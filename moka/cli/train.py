@@ -16,8 +16,8 @@ EXIT_SIGTERM = 143  # 128 + SIGTERM, as a shell reports it
 EPILOG = (
     "Example: moka train data=my.jsonl output=run1 learning_rate=3e-3 adapter.r=10 "
     "'adapter.target_modules=[q_proj, v_proj]'. Exit code 143: stopped by SIGTERM after saving a checkpoint; "
-    "the same command with resume=true goes on. On several GPUs: torchrun --nproc_per_node 8 -m moka.cli train ..., "
-    "or accelerate launch; see docs/distributed.md."
+    "the same command with resume=true goes on. On several GPUs: torchrun --nproc_per_node 8 -m moka.cli "
+    "train ...; shard=true splits a model that outgrows one of them."
 )
 
 

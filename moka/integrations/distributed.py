@@ -1,17 +1,12 @@
-"""Training in several processes: `shard` splits a model over them, `check_distributed` refuses in advance what
-would go wrong without a word.
+"""Training in several processes: `shard` splits a model over them with FSDP2, base and adapter.
 
-DDP needs neither: every process holds the whole model, and gradients of the adapter are averaged. FSDP2 splits
-the frozen base too, so that a model need not fit one GPU.
+DDP does not need it: there every process holds the whole model, and the adapter's gradients are averaged.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,33 +14,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..bases import NF4Linear, is_linear4bit
-from ..errors import ConfigError, StateError
+from ..errors import StateError
 from ..inject import adapter_layers
-from ..layout import full_tensor, is_sharded, part_of
-
-FSDP1 = (
-    "FSDP1 joins parameters into flat ones of a single floating dtype, from which no adapter can be saved; use FSDP2: "
-    "moka.shard, or fsdp_version: 2 in accelerate's configuration"
-)
-ZERO3 = (
-    "DeepSpeed ZeRO-3 does not split 4-bit weights and takes the adapter's tensors apart; use ZeRO-2, or FSDP2 where "
-    "the base outgrows one GPU"
-)
+from ..layout import full_tensor, part_of
+from .preflight import check_distributed, check_dtypes
 
 
 def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
     """Splits an adapted model over the processes with FSDP2, in place; call it on every process.
 
-    One unit per decoder block (each module of the model's outermost `nn.ModuleList`s) and one for the rest. The
-    packed 4-bit weights are split too, of moka's layers and of bitsandbytes', so that each of n processes holds
-    an nth of them; their quantization constants (3% of them with double quantization, 11% without) stay whole.
+    One unit per decoder block (each module of the model's outermost `nn.ModuleList`s) and one for the rest.
+    The packed 4-bit weights are split too, of moka's layers and of bitsandbytes': each of n processes holds
+    an nth. Their quantization constants stay whole: 3% of the packed size with double quantization, else 12%.
     All processes start from the adapter of the first. Build the optimizer afterwards.
 
     Args:
-        model: from `moka.inject`, whole and equal on every process; on its GPU, or on the CPU, from where it is
-            moved unit by unit, so that no GPU ever holds all of it (not with bitsandbytes' layers).
+        model: from `moka.inject`, whole and equal on every process; on its GPU, or on the CPU, from where it
+            moves unit by unit, so that no GPU ever holds all of it (bitsandbytes' layers must be on the GPU).
         mesh: a `DeviceMesh`; None takes all processes.
-        options: of `torch.distributed.fsdp.fully_shard`: `reshard_after_forward`, `mp_policy`, `offload_policy`.
+        options: of `torch.distributed.fsdp.fully_shard`, such as `reshard_after_forward` or `mp_policy`.
 
     Returns:
         The same model.
@@ -68,7 +55,7 @@ def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
     check_distributed(model)
     blocks = _blocks(model)
     for unit in (*blocks, model):
-        _check_dtypes(unit, blocks)
+        check_dtypes(unit, blocks)
     prepare_base(model)
     for unit in (*blocks, model):
         fully_shard(unit, mesh=mesh, **options)  # pyright: ignore[reportCallIssue]
@@ -76,9 +63,9 @@ def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
 
 
 def prepare_base(model: nn.Module) -> None:
-    """Makes a model ready for `fully_shard`: packed weights become frozen parameters, which it splits (it leaves
-    buffers whole), and all processes get the trainable tensors of the first. A side whose factors are all
-    identities has no entries to train, and FSDP2 cannot reduce an empty gradient.
+    """Makes a model ready for `fully_shard`: packed weights become frozen parameters, which it splits (it
+    leaves buffers whole), and all processes get the trainable tensors of the first. A side whose factors are
+    all identities has no entries to train, and FSDP2 cannot reduce an empty gradient.
     """
     for module in model.modules():
         if isinstance(module, NF4Linear):
@@ -93,98 +80,6 @@ def prepare_base(model: nn.Module) -> None:
             values = parameter.detach().to(_communication_device())
             dist.broadcast(values, src=0)
             parameter.data.copy_(values)
-
-
-def check_distributed(model: nn.Module, **settings: Any) -> None:
-    """Refuses what would diverge, hang or waste memory silently; call it on every process, before or after
-    wrapping. Alone in the world it does nothing.
-
-    Args:
-        model: from `moka.inject`; wrapped or not.
-        settings: further values that must be the same on every process.
-
-    Raises:
-        ConfigError: FSDP1; DeepSpeed ZeRO-3; layers spread over devices, or a GPU shared by two processes;
-            trainable tensors that `fully_shard` was told to ignore; or processes whose configuration, adapter
-            shapes, base or settings differ, naming process and field.
-        StateError: the model has no adapter.
-
-    Example:
-        >>> check_distributed(model, learning_rate=3e-3)          # doctest: +SKIP
-    """
-    module: Any = getattr(model, "module", model)  # DistributedDataParallel
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    if not getattr(module, "moka_config", {}):
-        raise StateError("check_distributed: the model has no adapter; call moka.inject first")
-    everyone: list[Any] = [None] * dist.get_world_size()
-    problem = _problem(model)
-    fields = {} if problem else _fields(module) | settings
-    mine = {"problem": problem, "place": _place(module), "fields": fields}
-    dist.all_gather_object(everyone, mine)  # a process that raised alone would leave the others waiting
-    for rank, other in enumerate(everyone):
-        if other["problem"]:
-            raise ConfigError(f"process {rank}: {other['problem']}")
-    places = [other["place"] for other in everyone]
-    for place in places:
-        if place[1].startswith("cuda") and places.count(place) > 1:
-            raise ConfigError(
-                f"{places.count(place)} processes use {place[1]} of {place[0]}; call "
-                f"torch.cuda.set_device(local_rank) before loading, with device_map={{'': local_rank}}"
-            )
-    _compare([other["fields"] for other in everyone])
-
-
-def is_fsdp_module(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to the model."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(model, FSDPModule)
-
-
-def check_accelerator(accelerator: Any, model: nn.Module) -> None:
-    """Refuses settings of an `accelerate.Accelerator` that cannot work, before the model is wrapped.
-
-    Raises:
-        ConfigError: naming the key of accelerate's configuration file.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise ConfigError(
-            f"{started} processes were started, but this one is in a group of {accelerator.num_processes} and would "
-            f"train alone; on a CPU pass use_cpu=True to TrainingArguments"
-        )
-    fsdp, deepspeed = (getattr(accelerator.state, name, None) for name in ("fsdp_plugin", "deepspeed_plugin"))
-    if fsdp is not None and is_fsdp_module(model):
-        raise ConfigError(
-            "the model is split by moka.shard already; leave FSDP out of accelerate's configuration"
-        )
-    if fsdp is not None:
-        wanted = {"fsdp_version": 2, "activation_checkpointing": False, "cpu_ram_efficient_loading": False}
-        reasons = {
-            "fsdp_version": FSDP1,
-            "activation_checkpointing": "it renames the modules that an adapter's file names; pass "
-            "gradient_checkpointing=true to the training run instead",
-            "cpu_ram_efficient_loading": "it fills every process but the first with nothing before the model is "
-            "quantized",
-        }
-        for name, value in wanted.items():
-            if (got := getattr(fsdp, name)) != value:
-                key = name if name.startswith("fsdp") else f"fsdp_{name}"
-                raise ConfigError(f"{key}: got {got!r}, expected {value!r}: {reasons[name]}")
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise ConfigError(f"zero_stage: got 3, expected at most 2: {ZERO3}")
-
-
-def agree(fields: dict[str, Any]) -> None:
-    """Every process must have the same values.
-
-    Raises:
-        ConfigError: naming the first process and field that differ from process 0.
-    """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, fields)
-    _compare(everyone)
 
 
 def any_process(problem: str | None) -> str | None:
@@ -223,7 +118,7 @@ def full_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def full_optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """`optimizer.state_dict()` with whole tensors, as a single process has it; every process must call this."""
+    """`optimizer.state_dict()` with whole tensors, as one process has it; every process must call this."""
     state = optimizer.state_dict()
     entries = {
         index: {k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in entry.items()}
@@ -261,86 +156,3 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, nn.ModuleList):
         return list(model)
     return [block for child in model.children() for block in _blocks(child)]
-
-
-def _check_dtypes(unit: nn.Module, blocks: list[nn.Module]) -> None:
-    inner = {p for block in blocks if block is not unit for p in block.parameters()}
-    trained = [p for p in unit.parameters() if p.requires_grad and p not in inner]
-    if len({p.dtype for p in trained}) > 1:
-        raise ConfigError(
-            f"FSDP2 averages gradients of one dtype per unit, {type(unit).__name__} trains {_dtypes(trained)}; use "
-            f"adapter_dtype='float32' (gates are float32), and modules_to_save of a model in float32"
-        )
-
-
-def _compare(everyone: list[dict[str, Any]]) -> None:
-    first = everyone[0]
-    for rank, other in enumerate(everyone):
-        for name in {**first, **other}:
-            got, expected = (repr(fields[name]) if name in fields else "nothing" for fields in (other, first))
-            if got != expected:
-                raise ConfigError(
-                    f"process {rank} differs from process 0 in {name}: got {got[:300]}, expected "
-                    f"{expected[:300]}; start every process with the same configuration and files"
-                )
-
-
-def _problem(model: nn.Module) -> str | None:
-    """What is wrong with the model as this process holds it."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    modules, parameters = list(model.modules()), list(model.parameters())
-    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
-        return f"it trains {_dtypes(parameters)}, and {FSDP1}"
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return ZERO3
-    if any(is_fsdp_module(module) for module in modules):
-        ignored = [n for n, p in model.named_parameters() if p.requires_grad and not is_sharded(p)]
-        if ignored:
-            return (
-                f"FSDP2 was told to ignore {len(ignored)} trainable tensors ({ignored[0]}, ...), whose gradients "
-                f"would not be averaged: the processes would drift apart; leave adapters out of ignored_params"
-            )
-    devices = sorted({str(parameter.device) for parameter in parameters})
-    if len(devices) > 1:
-        return (
-            f"its layers are spread over {devices} (device_map='auto'?); give each process one GPU: "
-            f"device_map={{'': local_rank}}"
-        )
-    return None
-
-
-def _dtypes(parameters: Iterable[Tensor]) -> str:
-    return ", ".join(sorted({str(parameter.dtype) for parameter in parameters}))
-
-
-def _place(model: nn.Module) -> tuple[str, str]:
-    return socket.gethostname(), str(next(model.parameters()).device)
-
-
-def _fields(model: Any) -> dict[str, Any]:
-    """What must be the same on every process."""
-    fields: dict[str, Any] = {}
-    for name, config in model.moka_config.items():
-        fields |= {f"{key} of adapter {name!r}": value for key, value in config.to_dict().items()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            fields[f"the shape and dtype of {name}"] = tuple(parameter.shape), str(parameter.dtype)
-    return fields | {"the base weights": _base_digest(model)}
-
-
-def _base_digest(model: nn.Module) -> str:
-    """Of sizes and a few entries of each adapted layer's weight, as this process holds it."""
-    digest = hashlib.sha256()
-    for path, layer in adapter_layers(model).items():
-        weight: Any = layer.base_layer.packed if isinstance(layer.base_layer, NF4Linear) else layer.weight
-        digest.update(f"{path} {weight.dtype} {tuple(weight.shape)}".encode())
-        if not is_sharded(weight):
-            digest.update(_sample(weight.detach()).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _sample(weight: Tensor, count: int = 64) -> Tensor:
-    entries = weight.flatten()
-    sample = entries[:: -(-entries.numel() // count)].cpu()
-    return sample.float() if sample.is_floating_point() else sample

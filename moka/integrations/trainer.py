@@ -30,15 +30,8 @@ from ..data import IGNORED, answer_positions
 from ..errors import CheckpointFormatError, NonFiniteError, StateError
 from ..layout import is_sharded
 from ..safefile import write_atomic
-from .distributed import (
-    any_process,
-    check_accelerator,
-    check_distributed,
-    full_optimizer_state,
-    is_fsdp_module,
-    load_full_optimizer_state,
-    prepare_base,
-)
+from .distributed import any_process, full_optimizer_state, load_full_optimizer_state, prepare_base
+from .preflight import check_accelerator, check_distributed, is_fsdp_module
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -68,8 +61,8 @@ class MokaTrainer(Trainer):
     The loss is the mean cross-entropy over the labels that are not -100, over all accumulated batches; a
     model's own additions to the loss (the balance term of a mixture of experts) are left out.
 
-    Under torchrun or `accelerate launch` the mean is over the batches of all processes. Checkpoints are the same
-    files whatever the number of processes and the wrapper, and any of them can resume from them.
+    Under torchrun or `accelerate launch` the mean is over the batches of all processes, and the model may be
+    split by `moka.shard` or accelerate. Checkpoints do not depend on that: any setup can resume any other's.
 
     Attributes:
         interrupted: whether SIGTERM ended `train`; a checkpoint of the last step was saved before.
@@ -80,7 +73,10 @@ class MokaTrainer(Trainer):
     """
 
     model: Any
+    model_wrapped: Any
     args: Any
+    lr_scheduler: Any
+    accelerator: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -106,8 +102,8 @@ class MokaTrainer(Trainer):
         """Cross-entropy of the answer tokens.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite, on any process; names the step and the first module to
-                blame.
+            NonFiniteError: the loss is NaN or infinite, on any process; names the step and the first module
+                to blame.
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
@@ -139,8 +135,8 @@ class MokaTrainer(Trainer):
         """One forward and backward pass.
 
         Raises:
-            NonFiniteError: a gradient is NaN or infinite, on any process. (With fp16 loss scaling such steps are
-                normal and skipped.)
+            NonFiniteError: a gradient is NaN or infinite, on any process. (With fp16 loss scaling such steps
+                are normal and skipped.)
         """
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.scaler is None and (problem := any_process(self._bad_gradient())):
@@ -264,8 +260,8 @@ class MokaTrainer(Trainer):
 
 
 class _Steps(TrainerCallback):
-    """Checks the wrapped model, tells the sampler its epoch; saves and stops at the end of the step in which the
-    trainer was interrupted, on any process.
+    """Checks the wrapped model, tells the sampler its epoch; saves and stops at the end of the step in which
+    the trainer was interrupted, on any process.
     """
 
     def __init__(self, trainer: MokaTrainer):
