@@ -55,10 +55,12 @@ class Processes:
         return results
 
     def alone(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)` outside of the group, on one GPU (transformers would take all it sees)."""
-        if self.backend == "gloo":
+        """`function(*args)` outside of the group, on one GPU or the CPU."""
+        if not torch.cuda.is_available():
             return function(*args)
-        with mp.get_context("spawn").Pool(1, os.environ.__setitem__, ("CUDA_VISIBLE_DEVICES", "0")) as pool:
+        # transformers would take all the GPUs that it sees
+        gpus = "0" if self.backend == "nccl" else ""
+        with mp.get_context("spawn").Pool(1, _show_gpus, (gpus,)) as pool:
             return pool.apply(function, args)
 
     def stop(self) -> None:
@@ -80,6 +82,10 @@ class Processes:
             self.workers.append((process, ours))
 
 
+def _show_gpus(which: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = which
+
+
 def _work(rank: int, backend: str, meeting: str, pipe: Any) -> None:
     # what torchrun sets, for accelerate
     os.environ.update(
@@ -88,10 +94,9 @@ def _work(rank: int, backend: str, meeting: str, pipe: Any) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # not used: the processes meet in a file
     torch.set_num_threads(1)
     if backend == "gloo":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        _show_gpus("")
     else:
         torch.cuda.set_device(rank)
-        torch.set_default_device("cuda")
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=WORLD)
     while True:
         try:

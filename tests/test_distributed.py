@@ -172,6 +172,8 @@ def base_is_split() -> None:
     layer = next(iter(moka.adapter_layers(model).values()))
     with full_adapters(model):
         assert torch.equal(moka.delta_weight(layer), dense)
+    with pytest.raises(StateError, match="split over processes"):
+        moka.merge(model)
     assert is_sharded(layer.moka_A["default"]) and layer.moka_A["default"].requires_grad
 
 
@@ -233,7 +235,7 @@ def refuse_other_config() -> None:
 def refuse_other_shapes() -> None:
     model = adapted()
     layer = next(iter(moka.adapter_layers(model).values()))
-    layer.moka_B["default"] = nn.Parameter(torch.zeros(5 + dist.get_rank()))
+    layer.moka_B["default"] = nn.Parameter(torch.zeros(5 + dist.get_rank(), device=device()))
     with pytest.raises(ConfigError, match=r"process 1 .* shape and dtype of .*moka_B.*\(6,\).*\(5,\)"):
         check_distributed(model)
 

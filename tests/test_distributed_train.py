@@ -64,7 +64,7 @@ def train_one(output: Path, resume: bool = False) -> tuple[list[float], dict[str
 
 
 def assert_same_run(result, expected) -> None:
-    assert result[0] == pytest.approx(expected[0], rel=1e-6)
+    assert result[0] == pytest.approx(expected[0], rel=1e-5)
     assert result[1].keys() == expected[1].keys()
     for name, tensor in expected[1].items():
         assert_near(result[1][name], tensor, name)
@@ -364,18 +364,17 @@ def test_when_one_process_raises_all_end(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", ["accelerate_ddp.yaml", "accelerate_fsdp2.yaml"])
-def test_accelerate_launch(files, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("accelerate_ddp.yaml", []), ("accelerate_fsdp2.yaml", []), ("accelerate_ddp.yaml", ["shard=true"])],
+    ids=["ddp", "fsdp2", "shard"],
+)
+def test_accelerate_launch(files, tmp_path, name, options):
     if torch.cuda.device_count() < WORLD:
         pytest.skip(f"{NO_GPU} for a second process")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "examples" / name]
-    options = [
-        f"model={files / 'model'}",
-        f"data={files / 'data.jsonl'}",
-        f"output={tmp_path}",
-        "batch_size=2",
-    ]
+    config = str(ROOT / "examples" / name)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "moka.cli"]
+    options = [f"model={files / 'model'}", f"data={files / 'data.jsonl'}", f"output={tmp_path}", *options]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [*map(str, command), "-m", "moka.cli", "train", *options, "adapter.r=3"]
-    subprocess.run(command, env=env, check=True, timeout=300)
+    subprocess.run([*command, "train", *options, "batch_size=2"], env=env, check=True, timeout=300)
     assert json.loads((tmp_path / "metrics.json").read_text())["processes"] == WORLD
