@@ -6,6 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -38,17 +39,26 @@ class Processes:
             self._start()
         for _, pipe in self.workers:
             pipe.send((function, args))
-        deadline, results, problems = time.monotonic() + seconds, [], []
-        for rank, (_, pipe) in enumerate(self.workers):
-            # after a failure the others may wait for the one that failed
-            wait = 2.0 if problems else max(deadline - time.monotonic(), 0.0)
-            try:
-                ok, value = pipe.recv() if pipe.poll(wait) else (False, f"no answer in {seconds} s")
-            except EOFError:
-                ok, value = False, "died"
-            results.append(value)
-            if not ok:
-                problems.append(f"process {rank}: {value}")
+        ranks = {pipe: rank for rank, (_, pipe) in enumerate(self.workers)}
+        results: list[Any] = [None] * WORLD
+        problems: list[str] = []
+        deadline = time.monotonic() + seconds
+        while ranks:
+            answered = wait(list(ranks), max(deadline - time.monotonic(), 0.0))
+            if not answered:
+                problems += [f"process {rank}: no answer" for rank in ranks.values()]
+                break
+            for pipe in answered:
+                rank = ranks.pop(pipe)
+                try:
+                    ok, results[rank] = pipe.recv()
+                except EOFError:
+                    ok, results[rank] = False, "died"
+                if not ok:
+                    problems.append(f"process {rank}: {results[rank]}")
+                    deadline = min(
+                        deadline, time.monotonic() + 2
+                    )  # the others may wait for the one that failed
         if problems:
             self.stop()
         assert not problems, "\n".join(problems)
