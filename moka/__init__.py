@@ -7,6 +7,7 @@ from .config import MokaConfig
 from .export_lora import export_lora
 from .info import info
 from .inject import active_adapters, adapter_layers, disabled, eject, inject, set_adapter
+from .integrations.distributed import shard
 from .layers import delta_weight
 from .merge import merge, merge_errors, unmerge
 from .plan import plan
@@ -35,6 +36,7 @@ __all__ = [
     "quantize",
     "save_adapter",
     "set_adapter",
+    "shard",
     "summary",
     "unmerge",
 ]

@@ -52,8 +52,15 @@ class NF4Linear(nn.Module):
     def op_args(self) -> tuple:
         """The weight as the operators take it."""
         t = self._buffers  # a fifth of the time that five attributes of a module take
-        tensors = t["packed"], t["absmax"], t["absmax2"], t["code2"], t["offset"]
+        packed = t["packed"] if "packed" in t else self._parameters["packed"]
+        tensors = packed, t["absmax"], t["absmax2"], t["code2"], t["offset"]
         return (*tensors, self.blocksize, self.blocksize2, self.out_features, self.in_features)
+
+    def hold_as_parameter(self) -> None:
+        """Makes `packed` a frozen parameter of the same name: FSDP2 splits those and leaves buffers whole."""
+        packed = self._buffers.pop("packed", None)
+        if packed is not None:
+            self.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]` in x's dtype (the autocast dtype under autocast)."""

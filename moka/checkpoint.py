@@ -53,6 +53,8 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     the old adapter or the new one, whole. Factors are stored in `adapter_dtype`, gates in fp32, and regular
     expressions in the configuration as the module paths that they matched.
 
+    If the model is split over processes (FSDP2), every process must call this; the first one writes.
+
     Args:
         model: with adapters from `moka.inject`.
         directory: gets `adapter_model.safetensors` and `adapter_config.json`.
@@ -81,7 +83,7 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     base = fingerprint(model, layout.base_weights(targets))
     current = layout.current_tensors(model, config, targets, adapter_name)
     tensors = {
-        name: current[name].to("cpu", dtype).contiguous()
+        name: layout.full_tensor(current[name]).to("cpu", dtype).contiguous()
         for name, (_, dtype) in layout.expected_tensors(model, config, targets).items()
     }
     for name, tensor in tensors.items():
@@ -89,6 +91,8 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
             raise NonFiniteError(
                 f"{name} holds NaN or infinity; nothing was saved, train from the last good state"
             )
+    if any(layout.is_sharded(tensor) for tensor in current.values()) and torch.distributed.get_rank() != 0:
+        return
     shapes = {target.path: target.shapes for target in targets}
     copy = adapter_config_text(config, base).encode()
     manifest = Manifest(config, base, shapes, _checksums(tensors), _checksum(copy))
@@ -232,7 +236,7 @@ def _apply(model: nn.Module, tensors: dict[str, Tensor], config: MokaConfig, ada
         current = layout.current_tensors(model, config, find_targets(model, config), adapter_name)
         for name, tensor in tensors.items():
             undo.callback(current[name].copy_, current[name].clone())
-            current[name].copy_(tensor)
+            current[name].copy_(layout.part_of(tensor, current[name]))
         undo.pop_all()
 
 

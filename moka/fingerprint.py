@@ -44,10 +44,13 @@ def fingerprint(model: nn.Module, weights: Iterable[NF4Weight | Tensor]) -> dict
             sample = sample.bfloat16().view(torch.uint8)
         digest.update(f"{tuple(weight.shape)}".encode())
         digest.update(sample.contiguous().numpy().tobytes())
+    kind = type(model).__name__
+    if any(c.__name__ == "FSDPModule" for c in type(model).__mro__):
+        kind = kind.removeprefix("FSDP")  # fully_shard makes a subclass, of that name
     return {
-        "model_type": str(getattr(config, "model_type", type(model).__name__)),
+        "model_type": str(getattr(config, "model_type", kind)),
         "name_or_path": str(getattr(config, "_name_or_path", "")),
-        "task_type": "CAUSAL_LM" if "CausalLM" in type(model).__name__ else "",
+        "task_type": "CAUSAL_LM" if "CausalLM" in kind else "",
         "quantization": "; ".join(sorted(kinds)),
         "digest": digest.hexdigest(),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +69,31 @@ def current_tensors(
     return tensors
 
 
-def base_weights(targets: list[Target]) -> list[NF4Weight | Tensor]:
-    """The frozen weights of the adapted layers, in the order of their paths.
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is split over processes (a `DTensor`)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor; if it is split, every process must call this."""
+    split: Any = tensor
+    return split.full_tensor() if is_sharded(tensor) else tensor
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, split as `like` is; `tensor` itself if that is not split."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    # every process has the whole tensor: no one needs to send it
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def base_weights(targets: list[Target]) -> Iterator[NF4Weight | Tensor]:
+    """The frozen weights of the adapted layers, in the order of their paths; a sharded one is gathered when
+    its turn comes.
 
     Raises:
         StateError: an adapter is merged into them.
@@ -79,7 +104,13 @@ def base_weights(targets: list[Target]) -> list[NF4Weight | Tensor]:
             raise StateError(
                 f"adapters {layer.merged_adapters} are merged into the base; call moka.unmerge first"
             )
-    return [weight_of(layer.base_layer if isinstance(layer, MokaLinear) else layer) for layer in layers]
+    weights = (weight_of(layer.base_layer if isinstance(layer, MokaLinear) else layer) for layer in layers)
+    return (
+        dataclasses.replace(weight, packed=full_tensor(weight.packed))
+        if isinstance(weight, NF4Weight)
+        else full_tensor(weight)
+        for weight in weights
+    )
 
 
 def check_fields(where: str, stored: MokaConfig, existing: MokaConfig) -> None:

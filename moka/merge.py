@@ -20,6 +20,7 @@ from .bases import NF4Linear, device_of
 from .errors import ConfigError, MergeError, NonFiniteError, StateError
 from .inject import active_adapters, adapter_layers
 from .layers import MergedBase, MokaLinear
+from .layout import is_sharded
 from .nf4 import NF4Weight
 
 #: The largest relative error of the applied update, |applied - delta| / |delta|, that is accepted in silence.
@@ -51,7 +52,7 @@ def merge(
         The same model.
 
     Raises:
-        StateError: a layer is merged already, or no layer has such an adapter.
+        StateError: a layer is merged already, no layer has such an adapter, or the model is sharded.
         NonFiniteError: an update holds NaN or infinity.
         MergeError: a 4-bit weight would lose more than `MAX_ERROR` of its update.
 
@@ -61,6 +62,10 @@ def merge(
     if into is not None and into not in DTYPES:
         raise ConfigError(
             f"into: got {into!r}, expected one of {DTYPES}, or None to keep the kind of each layer"
+        )
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise StateError(
+            "the model is split over processes; save its adapter, load it into a whole model and merge there"
         )
     names = _adapter_names(model, adapter_name)
     merged: dict[MokaLinear, tuple[nn.Module, MergedBase, list[str]]] = {}

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, embedded, plots
-from .checkpoint import save_adapter
 from .config import MokaConfig
 from .data import Collator, Row, TextDataset, read_jsonl, rows_of
 from .errors import StateError
@@ -49,7 +48,7 @@ class RunConfig(pydantic.BaseModel):
     output: str = "moka-out"
     adapter: dict[str, Any] = pydantic.Field(default_factory=dict, description="the fields of MokaConfig")
     max_length: int = pydantic.Field(512, ge=16, description="tokens per row")
-    batch_size: int = pydantic.Field(16, ge=1)
+    batch_size: int = pydantic.Field(16, ge=1, description="rows per step of each process")
     gradient_accumulation: int = pydantic.Field(1, ge=1)
     epochs: float = pydantic.Field(1.0, gt=0)
     max_steps: int | None = pydantic.Field(None, ge=1, description="ends the run before its epochs do")
@@ -59,6 +58,7 @@ class RunConfig(pydantic.BaseModel):
     weight_decay: float = pydantic.Field(0.0, ge=0)
     max_grad_norm: float = pydantic.Field(1.0, ge=0)
     gradient_checkpointing: bool = False
+    shard: bool = pydantic.Field(False, description="split the model over the processes of torchrun (FSDP2)")
     seed: int = pydantic.Field(0, ge=0)
     save_steps: int | None = pydantic.Field(
         None, ge=1, description="steps between checkpoints to resume from"
@@ -104,8 +104,13 @@ def run(config: RunConfig, on_step: OnStep | None = None, on_eval: Progress | No
     Raises:
         MokaError: bad data, an adapter that does not fit the model, a NaN, or checkpoints in the way.
     """
+    on_gpu = training_arguments(config).device.type == "cuda"  # joins the processes, chooses this one's GPU
+    device, dtype = None, config.torch_dtype()
+    if config.shard and config.quantize != "bitsandbytes":
+        # from there it goes to the GPU in parts
+        device, dtype = "cpu", dtype or (torch.bfloat16 if on_gpu else torch.float32)
     model, tokenizer = load_model(
-        config.model, config.quantize, config.torch_dtype(), double_quant=config.double_quant
+        config.model, config.quantize, dtype, device, double_quant=config.double_quant
     )
     rows = load_rows(config.data, "train")
     eval_rows = load_rows(config.eval_data, "validation") if config.eval_data else None
@@ -124,10 +129,17 @@ def train(
     """The part of `run` after loading: adapts `model` in place and trains it on `rows`."""
     from transformers import PrinterCallback
 
+    from .integrations.distributed import full_adapters, shard
+    from .integrations.preflight import agree
     from .integrations.trainer import MokaTrainer
 
     started = time.perf_counter()
-    output = Path(config.output)
+    output, arguments = Path(config.output), training_arguments(config)
+    first = (
+        arguments.process_index == 0
+    )  # it alone writes, beside its adapter, which a sharded model's all gather
+    if arguments.world_size > 1:
+        agree(config.model_dump())
     if not config.resume and any(output.glob("checkpoint-*")):
         raise StateError(
             f"{output}: holds checkpoints of another run; pass resume=true or choose another output"
@@ -135,26 +147,30 @@ def train(
     dataset = TextDataset(rows, tokenizer, config.max_length)
     torch.manual_seed(config.seed)  # for the initial factors
     inject(model, MokaConfig.from_dict(config.adapter))
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomic(output / "config.yaml", config.to_yaml().encode())
+    counts = summary(model)
+    if config.shard:
+        shard(model)
+    if first:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomic(output / "config.yaml", config.to_yaml().encode())
 
     trainer = MokaTrainer(
         model,
-        training_arguments(config),
+        arguments,
         train_dataset=dataset,
         data_collator=Collator(tokenizer.pad_token_id or tokenizer.eos_token_id or 0),
     )
     trainer.remove_callback(PrinterCallback)  # progress goes to on_step
-    if on_step is not None:
+    if on_step is not None and first:
         trainer.add_callback(step_callback(on_step))
     result = trainer.train(resume_from_checkpoint=config.resume)
     model.eval()
-    save_adapter(model, output)
+    trainer.save_model(str(output))
 
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    counts = summary(model)
     metrics: dict[str, Any] = {
         "steps": trainer.state.global_step,
+        "processes": arguments.world_size,
         "interrupted": trainer.interrupted,
         "loss": sum(entry["loss"] for entry in history[-10:]) / max(1, len(history[-10:])),
         "train_seconds": result.metrics["train_runtime"],
@@ -164,15 +180,19 @@ def train(
         "total_parameters": counts.total,
     }
     if eval_rows is not None and not trainer.interrupted:
-        metrics["eval"] = evaluate_rows(model, tokenizer, eval_rows, config.max_length, on_eval)
+        metrics["eval"] = evaluate_rows(
+            model, tokenizer, eval_rows, config.max_length, on_eval if first else None
+        )
     metrics |= {
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": {"moka": __version__, "torch": torch.__version__},
         "history": history,
     }
-    write_metrics(output / "metrics.json", metrics)
-    write_plots(model, history, output)
+    with full_adapters(model):
+        if first:
+            write_metrics(output / "metrics.json", metrics)
+            write_plots(model, history, output)
     return metrics
 
 
@@ -194,6 +214,7 @@ def training_arguments(config: RunConfig) -> Any:
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         seed=config.seed,
+        use_cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not join on a CPU
         logging_steps=1,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,

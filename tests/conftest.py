@@ -48,3 +48,15 @@ def device(request):
     """Runs a test on the CPU and on the GPU, where its tensors are made unless it says otherwise."""
     with running_on(request.param):
         yield torch.get_default_device()
+
+
+@pytest.fixture(scope="session", params=["gloo", pytest.param("nccl", marks=pytest.mark.cuda)])
+def processes(request, tmp_path_factory):
+    """Two processes for the tests of a session: on the CPU, or with a GPU each."""
+    from processes import WORLD, Processes
+
+    if request.param == "nccl" and torch.cuda.device_count() < WORLD:
+        pytest.skip(f"{NO_GPU} for a second process")
+    workers = Processes(request.param, tmp_path_factory.mktemp("processes"))
+    yield workers
+    workers.stop()

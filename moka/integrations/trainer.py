@@ -3,11 +3,13 @@
 What it adds: checkpoints hold the adapter alone; an interrupted run resumes bit for bit (optimizer,
 scheduler, random state, order of the data); a NaN stops the run before it reaches the optimizer; SIGTERM
 saves at the end of the step; the output layer, the largest of a small model, runs on the answer tokens alone.
+In several processes (DDP, FSDP2) all of them stop together, and the first one writes the files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import math
@@ -26,7 +28,10 @@ from torch import Tensor, nn
 from ..checkpoint import load_adapter, save_adapter
 from ..data import IGNORED, answer_positions
 from ..errors import CheckpointFormatError, NonFiniteError, StateError
+from ..layout import is_sharded
 from ..safefile import write_atomic
+from .distributed import any_process, full_optimizer_state, load_full_optimizer_state, prepare_base
+from .preflight import check_accelerator, check_distributed, is_fsdp_module
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -35,6 +40,19 @@ except ImportError as error:
 
 MANIFEST = "complete.json"  # written last: the names and sizes of a checkpoint's files
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as transformers names them
+#: Arguments that must be the same on every process, or some would wait for steps that others do not take.
+SHARED_ARGUMENTS = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "max_grad_norm",
+    "save_strategy",
+    "save_steps",
+    "seed",
+)
 
 
 class MokaTrainer(Trainer):
@@ -42,6 +60,9 @@ class MokaTrainer(Trainer):
 
     The loss is the mean cross-entropy over the labels that are not -100, over all accumulated batches; a
     model's own additions to the loss (the balance term of a mixture of experts) are left out.
+
+    Under torchrun or `accelerate launch` the mean is over the batches of all processes, and the model may be
+    split by `moka.shard` or accelerate. Checkpoints do not depend on that: any setup can resume any other's.
 
     Attributes:
         interrupted: whether SIGTERM ended `train`; a checkpoint of the last step was saved before.
@@ -52,17 +73,28 @@ class MokaTrainer(Trainer):
     """
 
     model: Any
+    model_wrapped: Any
     args: Any
+    lr_scheduler: Any
+    accelerator: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        check_accelerator(self.accelerator, self.model)
+        self._sharded = self.is_fsdp_enabled or is_fsdp_module(self.model)
+        if is_fsdp_module(self.model):
+            # moka.shard has done what accelerate would do, which would else wrap the model in DDP
+            self.accelerator.prepare_model = functools.partial(
+                _prepare_sharded, self.accelerator.prepare_model
+            )
         self.interrupted = False
+        self.sampler: GroupedByLength | None = None
         # num_items_in_batch is used by compute_loss below, whatever the model's own forward accepts
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         forward = inspect.signature(self.accelerator.unwrap_model(self.model).forward)
         self._selects_logits = "logits_to_keep" in forward.parameters
-        self.add_callback(_StopAfterStep(self))
+        self.add_callback(_Steps(self))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -70,7 +102,8 @@ class MokaTrainer(Trainer):
         """Cross-entropy of the answer tokens.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite; names the step and the first module to blame.
+            NonFiniteError: the loss is NaN or infinite, on any process; names the step and the first module
+                to blame.
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
@@ -88,33 +121,38 @@ class MokaTrainer(Trainer):
         loss = total / max(float(count), 1.0)  # a batch without an answer gives 0, not 0/0
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
-        if self.is_in_train and not loss.isfinite():
-            module = first_nonfinite_module(self.model, inputs)
-            raise NonFiniteError(
-                self._nonfinite(f"the loss is {loss.item()}; first module with a NaN or Inf: {module}")
-            )
+        if self.is_in_train:
+            problem = None if loss.isfinite() else f"the loss is {loss.item()}"
+            if any_process(problem):
+                module = first_nonfinite_module(
+                    self.model, inputs
+                )  # on all: a sharded model cannot run alone
+                problem = problem and f"{problem}; first module with a NaN or Inf: {module}"
+                raise NonFiniteError(self._nonfinite(any_process(problem)))
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass.
 
         Raises:
-            NonFiniteError: a gradient is NaN or infinite. (With fp16 loss scaling such steps are normal and
-                skipped.)
+            NonFiniteError: a gradient is NaN or infinite, on any process. (With fp16 loss scaling such steps
+                are normal and skipped.)
         """
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.scaler is None:
-            named = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
-            if named and not math.isfinite(sum(torch._foreach_norm([grad for _, grad in named])).item()):  # pyright: ignore
-                # the backward pass runs from the last module to the first
-                bad = next((name for name, grad in reversed(named) if not grad.isfinite().all()), None)
-                if bad is not None:
-                    raise NonFiniteError(
-                        self._nonfinite(f"a gradient is not finite; first module of the backward pass: {bad}")
-                    )
+        if self.accelerator.scaler is None and (problem := any_process(self._bad_gradient())):
+            raise NonFiniteError(self._nonfinite(problem))
         return loss
 
-    def _nonfinite(self, what: str) -> str:
+    def _bad_gradient(self) -> str | None:
+        named = [(name, _local(p.grad)) for name, p in self.model.named_parameters() if p.grad is not None]
+        if named and not math.isfinite(sum(torch._foreach_norm([grad for _, grad in named])).item()):  # pyright: ignore
+            # the backward pass runs from the last module to the first
+            bad = next((name for name, grad in reversed(named) if not grad.isfinite().all()), None)
+            if bad is not None:
+                return f"a gradient is not finite; first module of the backward pass: {bad}"
+        return None
+
+    def _nonfinite(self, what: str | None) -> str:
         return (
             f"step {self.state.global_step + 1}: {what}. Adapter and optimizer are as after step "
             f"{self.state.global_step}; lower the learning rate, or look for bad values in the base model"
@@ -124,7 +162,8 @@ class MokaTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
-        return GroupedByLength(dataset.lengths(), self.args.train_batch_size, self.args.seed)  # pyright: ignore
+        self.sampler = GroupedByLength(dataset.lengths(), self.args.train_batch_size, self.args.seed)  # pyright: ignore
+        return self.sampler
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As `Trainer.train`; SIGTERM finishes the step, saves a checkpoint and returns.
@@ -137,6 +176,7 @@ class MokaTrainer(Trainer):
             StateError: True, but there is no complete checkpoint.
             CheckpointFormatError: the named checkpoint is incomplete.
             CheckpointMismatchError: the checkpoint's adapter is not the one in the model.
+            ConfigError: the processes differ, or `check_distributed` refuses the setup.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -146,17 +186,50 @@ class MokaTrainer(Trainer):
             raise CheckpointFormatError(
                 f"{resume_from_checkpoint}: {problem}; resume from an earlier checkpoint"
             )
+        shared = {name: getattr(self.args, name) for name in SHARED_ARGUMENTS}
+        check_distributed(self.model, resume_from_checkpoint=resume_from_checkpoint, **shared)
+        if self.is_fsdp_enabled:  # accelerate shards it
+            prepare_base(self.model)
         with self._sigterm_stops():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter; every process must call this."""
+        if self._sharded:
+            self._save(output_dir)  # transformers would gather the whole model
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_adapter(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+        if self._sharded or self.args.should_save:
+            save_adapter(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = full_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER, SCHEDULER)
+        )
+        load_full_optimizer_state(self.optimizer, state)
+        self.lr_scheduler.load_state_dict(schedule)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             (folder / MANIFEST).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its random state
         if self.args.should_save:
             sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
             write_atomic(folder / MANIFEST, json.dumps(sizes, indent=2).encode())
@@ -186,14 +259,25 @@ class MokaTrainer(Trainer):
             signal.signal(signal.SIGTERM, previous)
 
 
-class _StopAfterStep(TrainerCallback):
-    """Saves and stops at the end of the step in which the trainer was interrupted."""
+class _Steps(TrainerCallback):
+    """Checks the wrapped model, tells the sampler its epoch; saves and stops at the end of the step in which
+    the trainer was interrupted, on any process.
+    """
 
     def __init__(self, trainer: MokaTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_distributed(self.trainer.model_wrapped)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # accelerate does not find the sampler when several processes resume in the middle of an epoch
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.interrupted:
+        if any_process("SIGTERM" if self.trainer.interrupted else None):
+            self.trainer.interrupted = True
             control.should_save = control.should_training_stop = True
 
 
@@ -276,6 +360,15 @@ def first_nonfinite_module(model: nn.Module, inputs: dict[str, Any]) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else "none on a second pass; the loss itself overflowed"
+
+
+def _prepare_sharded(prepare_model: Any, model: Any, **options: Any) -> Any:
+    return prepare_model(model, **{**options, "device_placement": False, "evaluation_mode": True})
+
+
+def _local(tensor: Any) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
