@@ -7,6 +7,7 @@ from .info import info
 from .inject import active_adapters, adapter_layers, disabled, eject, inject, set_adapter
 from .layers import delta_weight
 from .merge import merge, merge_errors, unmerge
+from .mixed import mixed_batch
 from .plan import plan
 from .quantize import quantize
 from .summary import summary
@@ -24,6 +25,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "merge_errors",
+    "mixed_batch",
     "nf4",
     "plan",
     "quantize",

@@ -22,6 +22,7 @@ from .safefile import strict_json
 from .shapes import KronShape
 
 BASE_FIELDS = ("model_type", "name_or_path", "task_type", "quantization", "digest")
+FIELDS = tuple(field.name for field in fields(MokaConfig))
 LITERAL = re.compile(r"[\w.-]+")  # matches itself alone, and costs nothing to match
 
 
@@ -120,10 +121,17 @@ def portable(config: MokaConfig, paths: list[str]) -> MokaConfig:
     return replace(config, **changes)
 
 
+def from_peft(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of moka's configuration out of one for peft, in which None may stand for the default."""
+    own = {name: values[name] for name in ("format_version", *FIELDS) if name in values}
+    optional = ("target_modules", "exclude_modules", "modules_to_save")
+    return {name: value for name, value in own.items() if value is not None or name not in optional}
+
+
 def _read_config(values: Any, where: str) -> MokaConfig:
     if not isinstance(values, dict):
         raise CheckpointFormatError(f"{where}: the configuration is not a table")
-    known = {"format_version", *(field.name for field in fields(MokaConfig))}
+    known = {"format_version", *FIELDS}
     if values.get("format_version") == FORMAT_VERSION and (unknown := sorted(values.keys() - known)):
         raise UnsafeFileError(
             f"{where}: configuration field {unknown[0]!r} is unknown; moka follows no other name in a file"

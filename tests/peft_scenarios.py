@@ -1,0 +1,509 @@
+"""What people do with an adapter in peft, run for LoRA, LoKr and MoKA on a float and on 4-bit bases.
+
+`tests/test_peft.py` runs them for MoKA; `python tests/peft_scenarios.py` runs all and rewrites the table of
+docs/peft.md. A scenario fails with an AssertionError when the result is silently wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import AutoPeftModelForCausalLM, LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import moka
+from moka.integrations.peft import MokaConfig, hotswap_adapter
+from tiny import tiny_model
+
+BASES = ("float", "bitsandbytes", "nf4")
+METHODS: dict[str, Callable[..., Any]] = {
+    "LoRA": lambda **fields: LoraConfig(**{"r": 4, **fields}),
+    "LoKr": lambda **fields: LoKrConfig(**{"r": 4, **fields}),
+    "MoKA": lambda **fields: MokaConfig(**{"r": 4, **fields}),
+}
+TOKENS = torch.arange(3, 3 + 4 * 12).view(4, 12)
+SCENARIOS: dict[str, Callable[[Case], None]] = {}
+
+
+class Skip(Exception):  # noqa: N818
+    """The scenario does not exist on this base."""
+
+
+@cache
+def base_folder() -> str:
+    """A saved base model."""
+    folder = tempfile.mkdtemp(prefix="moka-peft-")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+def quantization() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+class Case:
+    """One method on one kind of base, with a folder for files."""
+
+    def __init__(self, method: str, base: str, folder: Path) -> None:
+        self.method, self.kind, self.folder = method, base, folder
+
+    def base(self) -> Any:
+        """The base model, in eval mode."""
+        if self.kind == "bitsandbytes":
+            options = {"quantization_config": quantization(), "device_map": "cpu"}
+            return AutoModelForCausalLM.from_pretrained(base_folder(), **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(base_folder()).eval()
+        return moka.quantize(model) if self.kind == "nf4" else model
+
+    def config(self, **fields: Any) -> Any:
+        fields = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **fields}
+        return METHODS[self.method](**fields)
+
+    def model(self, seed: int = 1, **fields: Any) -> Any:
+        """With one adapter, whose values are random."""
+        model = get_peft_model(self.base(), self.config(**fields))
+        randomize(model, "default", seed)
+        return model.eval()
+
+
+def randomize(model: Any, name: str, seed: int, size: float = 0.3) -> None:
+    """Random values for every parameter of an adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    for path, parameter in model.named_parameters():
+        if name in path.split(".") and parameter.is_floating_point():
+            parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def logits(model: Any, tokens: torch.Tensor = TOKENS, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens, **kwargs).logits
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    """Up to the order of summation: logits are sums over 64 products in fp32."""
+    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def adapter_gradients(model: Any, **kwargs: Any) -> dict[str, torch.Tensor | None]:
+    model.zero_grad()
+    model(input_ids=TOKENS, labels=TOKENS, **kwargs).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def scenario(function: Callable[[Case], None]) -> Callable[[Case], None]:
+    """Enters a function under its docstring, which is its row in the table."""
+    SCENARIOS[str(function.__doc__).rstrip(".")] = function
+    return function
+
+
+@scenario
+def starts(case: Case) -> None:
+    """`get_peft_model` starts as the base and learns."""
+    base = logits(case.base())
+    model = get_peft_model(case.base(), case.config())
+    assert same(logits(model.eval()), base)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model.train()(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+@scenario
+def evaluation_between_steps(case: Case) -> None:
+    """Gradients after an evaluation on the CPU."""
+    model = case.model()
+    logits(model.eval())
+    assert all(grad is not None and grad.any() for grad in adapter_gradients(model.train()).values())
+
+
+@scenario
+def save_and_load(case: Case) -> None:
+    """`save_pretrained`, `PeftModel.from_pretrained`."""
+    model = case.model()
+    model.save_pretrained(case.folder)
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files(case.folder)
+    loaded = PeftModel.from_pretrained(case.base(), case.folder)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@scenario
+def low_cpu_mem_usage(case: Case) -> None:
+    """`low_cpu_mem_usage=True`."""
+    model = case.model()
+    model.save_pretrained(case.folder)
+    loaded = PeftModel.from_pretrained(case.base(), case.folder, low_cpu_mem_usage=True)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not any(p.is_meta for p in loaded.parameters())
+
+
+@scenario
+def auto_peft_model(case: Case) -> None:
+    """`AutoPeftModelForCausalLM.from_pretrained`."""
+    if case.kind == "nf4":
+        raise Skip
+    model = case.model()
+    model.save_pretrained(case.folder)
+    options = {"quantization_config": quantization()} if case.kind == "bitsandbytes" else {}
+    loaded = AutoPeftModelForCausalLM.from_pretrained(case.folder, **options)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@scenario
+def transformers_adapters(case: Case) -> None:
+    """transformers' `add_adapter`, `load_adapter`, `set_adapter`, `delete_adapter`."""
+    expected = case.model()
+    expected.save_pretrained(case.folder)
+    model, base = case.base(), logits(case.base())
+    model.add_adapter(case.config(), "first")
+    assert same(logits(model), base)
+    model.load_adapter(str(case.folder), "second")
+    model.set_adapter("second")
+    assert same(logits(model), logits(expected), 1e-6)
+    model.set_adapter("first")
+    assert same(logits(model), base)
+    model.set_adapter("second")
+    model.disable_adapters()
+    assert same(logits(model), base)
+    model.enable_adapters()
+    model.delete_adapter("first")
+    assert same(logits(model), logits(expected), 1e-6)
+
+
+@scenario
+def several_adapters(case: Case) -> None:
+    """Several adapters: `add_adapter`, `set_adapter`, `delete_adapter`, `disable_adapter`."""
+    model, base = case.model(), logits(case.base())
+    first = logits(model)
+    model.add_adapter("second", case.config(target_modules=["k_proj", "v_proj"]))
+    assert torch.equal(logits(model), first)
+    randomize(model, "second", 2)
+    model.set_adapter("second")
+    second = logits(model)
+    assert not same(second, first) and not same(second, base)
+    with model.disable_adapter():
+        assert same(logits(model), base)
+    assert torch.equal(logits(model), second)
+    model.base_model.set_adapter(["default", "second"])
+    assert not same(logits(model), second)
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), first)
+
+
+@scenario
+def modules_to_save(case: Case) -> None:
+    """`modules_to_save`."""
+    model = case.model(modules_to_save=["norm"])
+    assert any("norm.modules_to_save" in name and p.requires_grad for name, p in model.named_parameters())
+    model.save_pretrained(case.folder)
+    assert torch.equal(logits(PeftModel.from_pretrained(case.base(), case.folder)), logits(model))
+
+
+@scenario
+def trainable_tokens(case: Case) -> None:
+    """`trainable_token_indices`."""
+    model = get_peft_model(case.base(), case.config(trainable_token_indices={"embed_tokens": [5, 6]}))
+    adapter_gradients(model.train())
+    assert any("trainable_tokens" in name and p.grad is not None for name, p in model.named_parameters())
+    randomize(model, "default", 1)
+    model.eval().save_pretrained(case.folder)
+    assert torch.equal(logits(PeftModel.from_pretrained(case.base(), case.folder)), logits(model))
+
+
+@scenario
+def rank_pattern(case: Case) -> None:
+    """`rank_pattern`."""
+    few, many = (count_parameters(case.model(rank_pattern={"v_proj": r})) for r in (2, 6))
+    model = case.model(rank_pattern={"v_proj": 6})
+    assert many > few
+    model.save_pretrained(case.folder)
+    assert torch.equal(logits(PeftModel.from_pretrained(case.base(), case.folder)), logits(model))
+
+
+def count_parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@scenario
+def layers_to_transform(case: Case) -> None:
+    """`layers_to_transform`, `exclude_modules`."""
+    fields = {"target_modules": ["q_proj", "v_proj", "o_proj"], "exclude_modules": ["o_proj"]}
+    model = case.model(layers_to_transform=[1], **fields)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".layers.1." in name and "o_proj" not in name for name in trained)
+
+
+@scenario
+def all_linear(case: Case) -> None:
+    """`target_modules="all-linear"`."""
+    model = case.model(target_modules="all-linear")
+    trained = {name.split(".")[6] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    model.save_pretrained(case.folder)
+    assert torch.equal(logits(PeftModel.from_pretrained(case.base(), case.folder)), logits(model))
+
+
+@scenario
+def regex(case: Case) -> None:
+    """`target_modules` as a regular expression."""
+    model = case.model(target_modules=r".*\.0\..*\.q_proj")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".layers.0.self_attn.q_proj" in name for name in trained)
+
+
+@scenario
+def merge(case: Case) -> None:
+    """`merge_adapter`, `unmerge_adapter` (the base returns bit for bit)."""
+    model = case.model()
+    before, adapted = logits(case.base()), logits(model)
+    model.merge_adapter()
+    error = (logits(model) - adapted).norm() / (adapted - before).norm()
+    assert error < (1e-3 if case.kind == "float" else 0.3), f"{error:.0%} of the update lost"
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+
+
+@scenario
+def merge_and_unload(case: Case) -> None:
+    """`merge_and_unload` keeps what was learned."""
+    model = case.model()
+    randomize(model, "default", 1, 0.05)
+    before, adapted = logits(case.base()), logits(model)
+    into = {"into": torch.float32} if case.method == "MoKA" and case.kind != "float" else {}
+    plain = model.merge_and_unload(**into)
+    assert not any("default" in name for name in plain.state_dict())
+    error = (logits(plain) - adapted).norm() / (adapted - before).norm()
+    assert error < 1e-3, f"{error:.0%} of the update lost"
+
+
+@scenario
+def deepcopy(case: Case) -> None:
+    """`copy.deepcopy`."""
+    model = case.model()
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    randomize(twin, "default", 2)
+    assert not same(logits(twin), logits(model))
+
+
+@scenario
+def gradient_checkpointing(case: Case) -> None:
+    """Gradient checkpointing, both kinds."""
+    model = case.model()
+    expected = adapter_gradients(model.train())
+    for reentrant in (False, True):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for name, grad in adapter_gradients(model).items():
+            assert grad is not None and same(grad, expected[name]), name
+        model.gradient_checkpointing_disable()
+
+
+@scenario
+def compiles(case: Case) -> None:
+    """`torch.compile` sees one graph."""
+    explained = torch._dynamo.explain(case.model())(input_ids=TOKENS, use_cache=False)
+    torch._dynamo.reset()
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+def mixed(case: Case) -> tuple[Any, list[str], torch.Tensor]:
+    """A model with two adapters, a name per row, and the logits of each row alone."""
+    model = case.model()
+    model.add_adapter("second", case.config(target_modules=["k_proj", "v_proj"]))
+    randomize(model, "second", 2)
+    names, rows = ["second", "__base__", "default", "second"], []
+    for name, tokens in zip(names, TOKENS, strict=True):
+        if name == "__base__":
+            rows.append(logits(case.base(), tokens[None]))
+        else:
+            model.set_adapter(name)
+            rows.append(logits(model, tokens[None]))
+    model.set_adapter("default")
+    return model, names, torch.cat(rows)
+
+
+@scenario
+def mixed_batch(case: Case) -> None:
+    """Mixed batch: `model(x, adapter_names=[...])`."""
+    model, names, expected = mixed(case)
+    assert same(logits(model, adapter_names=names), expected)
+
+
+@scenario
+def mixed_batch_gradients(case: Case) -> None:
+    """Mixed batch: training."""
+    model, names, _ = mixed(case)
+    model.base_model.set_adapter(["default", "second"])
+    got = adapter_gradients(model.train(), adapter_names=names)
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        mine = [i for i, row in enumerate(names) if row == name]
+        model.zero_grad()
+        labels = torch.full_like(TOKENS, -100)
+        labels[mine] = TOKENS[mine]  # the mean over its rows; the mixed batch has the mean over all
+        model(input_ids=TOKENS, labels=labels).loss.backward()
+        for path, parameter in model.named_parameters():
+            if name in path.split(".") and parameter.grad is not None:
+                scale, grad = len(mine) / len(names), got[path]
+                assert grad is not None and same(grad, parameter.grad * scale), path
+
+
+@scenario
+def mixed_generation(case: Case) -> None:
+    """Mixed batch: `generate`, beam search included."""
+    model, names, _ = mixed(case)
+    for options in ({"num_beams": 1}, {"num_beams": 2}):
+        options |= {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 2}
+        got = model.generate(input_ids=TOKENS, adapter_names=names, **options)
+        for row, name in enumerate(names):
+            with model.disable_adapter() if name == "__base__" else active(model, name):
+                alone = model.generate(input_ids=TOKENS[row : row + 1], **options)
+            assert torch.equal(got[row, : alone.shape[1]], alone[0])
+
+
+class active:
+    """One adapter for the length of a block, then "default"."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __enter__(self) -> None:
+        self.model.set_adapter(self.name)
+
+    def __exit__(self, *exception: object) -> None:
+        self.model.set_adapter("default")
+
+
+@scenario
+def weighted(case: Case) -> None:
+    """`add_weighted_adapter` is the exact sum."""
+    model = case.model()
+    model.add_adapter("second", case.config())
+    randomize(model, "second", 2)
+    kind = {"combination_type": "cat"}  # LoRA's exact one
+    model.add_weighted_adapter(["default", "second"], [0.7, 0.3], "sum", **kind)
+    model.set_adapter("sum")
+    total = logits(model)
+    expected = case.base()
+    for path, layer in model.base_model.model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            delta = 0.7 * layer.get_delta_weight("default") + 0.3 * layer.get_delta_weight("second")
+            add_delta(expected.get_submodule(path), delta.detach())
+    assert same(total, logits(expected))
+    model.save_pretrained(case.folder, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(case.base(), case.folder / "sum")
+    assert same(logits(loaded), total, 1e-6)
+
+
+def add_delta(layer: Any, delta: torch.Tensor) -> None:
+    layer.register_forward_hook(lambda module, args, output: output + args[0] @ delta.T)
+
+
+@scenario
+def hotswap(case: Case) -> None:
+    """Hot swap into the same parameters."""
+    second = case.model(seed=2)
+    second.save_pretrained(case.folder)
+    model = case.model()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    swap = hotswap_adapter if case.method == "MoKA" else peft.utils.hotswap.hotswap_adapter
+    swap(model, str(case.folder), "default")
+    assert torch.equal(logits(model), logits(second))
+    assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+@scenario
+def to_lora(case: Case) -> None:
+    """Conversion to LoRA (`convert_to_lora`)."""
+    if case.method == "LoRA":
+        raise Skip
+    model = case.model()
+    config, state = peft.tuners.lora.conversion.convert_to_lora(model, 32)
+    plain = get_peft_model(case.base(), config).eval()
+    peft.set_peft_model_state_dict(plain, state)
+    assert same(logits(plain), logits(model), 1e-2)
+
+
+@scenario
+def wrong_file(case: Case) -> None:
+    """A file that lacks half of the adapter is refused."""
+    import safetensors.torch
+
+    case.model().save_pretrained(case.folder)
+    path = case.folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    half = dict(sorted(tensors.items())[: len(tensors) // 2])
+    safetensors.torch.save_file(half, path, {"format": "pt"})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            PeftModel.from_pretrained(case.base(), case.folder)
+    except (ValueError, RuntimeError):
+        return
+    raise AssertionError("loaded in part")
+
+
+@scenario
+def mixed_methods(case: Case) -> None:
+    """Beside other methods in one model (`mixed=True`)."""
+    get_peft_model(case.base(), case.config(), mixed=True)
+
+
+def outcome(name: str, method: str, base: str) -> str:
+    """What the table says: yes, -, or what happened."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        try:
+            SCENARIOS[name](Case(method, base, Path(folder)))
+        except Skip:
+            return "-"
+        except AssertionError as error:
+            return f"**wrong**: {error}" if str(error) and len(str(error)) < 40 else "**wrong**"
+        except Exception as error:
+            return type(error).__name__
+    return "yes"
+
+
+def table() -> str:
+    columns = [(m, b) for m in METHODS for b in BASES if b != "nf4" or m == "MoKA"]
+    shown = {"float": "float", "bitsandbytes": "bnb NF4", "nf4": "moka NF4"}
+    head = " | ".join(f"{m}, {shown[b]}" for m, b in columns)
+    rows = [f"| | {head} |", "| --- |" + " --- |" * len(columns)]
+    for name in SCENARIOS:
+        cells = [outcome(name, method, base) for method, base in columns]
+        print(name, *cells, sep=" | ", file=sys.stderr, flush=True)
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    path = Path(__file__).parent.parent / "docs" / "peft.md"
+    page = re.compile(r"(<!-- table: scenarios -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    new = table()
+    path.write_text(page.sub(lambda m: m[1] + new + m[2], path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
