@@ -135,9 +135,15 @@ class MokaLinear(nn.Module):
             for name, parameter in table.items():
                 parameter.requires_grad_(name in active)
 
+    def used_adapters(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.configs]
+
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`, in the dtype the base layer would return."""
-        names = [n for n in self.active_adapters if n in self.configs and n not in self.merged_adapters]
+        names = self.used_adapters()
+        if self.merged_adapters:
+            names = [name for name in names if name not in self.merged_adapters]
         if self.disable_adapters or (not names and self.rows is None):
             return self._base_forward(x)
         if self.rows is not None:
@@ -214,7 +220,7 @@ class MokaLinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self, name: str | None = None) -> Tensor:
         """The dense update `[N, K]` in fp32 of one adapter, or of all active ones."""
-        names = [n for n in self.active_adapters if n in self.configs] if name is None else [name]
+        names = self.used_adapters() if name is None else [name]
         zero = torch.zeros(self.out_features, self.in_features, device=self.weight_device())
         if not names:
             return zero
@@ -246,7 +252,7 @@ class MokaLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Active adapters and their sizes."""
-        active = ", ".join(f"{n} (r={len(self.shapes[n])})" for n in self.active_adapters)
+        active = ", ".join(f"{n} (r={len(self.shapes[n])})" for n in self.used_adapters())
         return f"active: {active or 'none'}"
 
 

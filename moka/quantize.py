@@ -146,7 +146,10 @@ def dequantize(model: Any, dtype: torch.dtype) -> None:
             linear.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
             linear.register_parameter("bias", child.bias)
             setattr(parent, name, linear)
-    # transformers would otherwise save it as a quantized model
+    # transformers would otherwise save it as a quantized model, and refuse to cast it
     model.hf_quantizer, model.is_quantized = None, False
+    for name in ("quantization_method", "is_loaded_in_4bit"):
+        if hasattr(model, name):
+            delattr(model, name)
     if hasattr(getattr(model, "config", None), "quantization_config"):
         del model.config.quantization_config

@@ -176,8 +176,8 @@ def test_gates_stay_in_fp32_whatever_the_layer_is_cast_to():
     assert layer.moka_A["default"].dtype == torch.bfloat16
     assert layer.moka_gate["default"] is gate and gate.dtype == torch.float32 and torch.equal(gate, before)
     assert layer.alpha("default").dtype == torch.float32
-    gate.data = torch.ones(len(gate), dtype=torch.bfloat16)  # new values, not a cast
-    assert gate.dtype == torch.float32 and torch.equal(gate, torch.ones(len(gate)))
+    gate.data = torch.full((len(gate),), 2.0, dtype=torch.bfloat16)  # new values, not a cast
+    assert gate.dtype == torch.float32 and torch.equal(gate, torch.full((len(gate),), 2.0))
     y = layer(torch.randn(3, K, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
 

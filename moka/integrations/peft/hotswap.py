@@ -50,6 +50,8 @@ def hotswap_adapter(model: Any, model_id: str, adapter_name: str = "default", **
     shapes = {name: list(current[name].shape) if name in current else None for name in state}
     wrong = [f"{n} {list(t.shape)} ({shapes[n]})" for n, t in state.items() if list(t.shape) != shapes[n]]
     if wrong:
-        raise CheckpointMismatchError(f"{model_id}: tensors of another shape (expected): {', '.join(wrong[:5])}")
+        raise CheckpointMismatchError(
+            f"{model_id}: tensors of another shape (expected): {', '.join(wrong[:5])}"
+        )
     for name, tensor in state.items():
         current[name].copy_(tensor)
