@@ -1,4 +1,4 @@
-"""The command line: `moka train | eval | chat | merge | plan | bench | info`, one file per command."""
+"""The command line: `moka train | eval | chat | merge | plan | bench | info | run`, one file per command."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from ..errors import MokaError
-from . import bench, chat, info, merge, plan, train
+from . import bench, chat, info, merge, plan, run, train
 from . import eval as evaluate
 from .console import err
 
@@ -55,3 +55,4 @@ app.command("merge")(merge.merge)
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
+app.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run.run)
