@@ -136,7 +136,8 @@ def _quantize_layer(model: Any, paths: list[str], blocksize: int, double_quant: 
 
 @torch.no_grad()
 def dequantize(model: Any, dtype: torch.dtype) -> None:
-    """Replaces every 4-bit layer by an `nn.Linear` of its dequantized weight, in place."""
+    """Replaces every 4-bit layer by an `nn.Linear` of its dequantized weight, in place, and gives every
+    parameter this dtype; buffers keep theirs, since models compute positions from some in fp32."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, NF4Linear) and not is_linear4bit(child):
@@ -146,6 +147,9 @@ def dequantize(model: Any, dtype: torch.dtype) -> None:
             linear.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
             linear.register_parameter("bias", child.bias)
             setattr(parent, name, linear)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     # transformers would otherwise save it as a quantized model, and refuse to cast it
     model.hf_quantizer, model.is_quantized = None, False
     for name in ("quantization_method", "is_loaded_in_4bit"):

@@ -341,6 +341,8 @@ def gradient_checkpointing(case: Case) -> None:
 @scenario
 def compiles(case: Case) -> None:
     """`torch.compile` sees one graph."""
+    if case.kind == "bitsandbytes" and case.method == "MoKA":
+        raise Skip  # as on moka's own 4-bit layers, and slow
     explained = torch._dynamo.explain(case.model())(input_ids=TOKENS, use_cache=False)
     torch._dynamo.reset()
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)

@@ -55,4 +55,7 @@ app.command("merge")(merge.merge)
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
-app.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run.run)
+# what follows the name of the program belongs to the program
+app.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(
+    run.run
+)

@@ -31,6 +31,6 @@ def merge(
     loaded, tokenizer = load(model, adapter, quantize, "auto")
     merged: Any = eject(merge_update(loaded, into=into))
     dequantize(merged, into)
-    merged.to(into).save_pretrained(output)
+    merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
     out.print(f"merged {adapter} into {output} ({dtype})", highlight=False)

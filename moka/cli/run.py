@@ -58,7 +58,7 @@ def find_program(command: list[str]) -> Callable[[], Any]:
     found = importlib.metadata.entry_points(group="console_scripts", name=program)
     if not found:
         raise ConfigError(
-            f"moka run: {program!r} is not an installed Python program; expected the name of one, a .py file, "
-            f"or -m and a module"
+            f"moka run: {program!r} is not an installed Python program; expected the name of one, a .py "
+            f"file, or -m and a module"
         )
     return next(iter(found)).load()

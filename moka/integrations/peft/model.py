@@ -56,6 +56,13 @@ class MokaModel(BaseTuner):
             heads = SEQ_CLS_HEAD_NAMES if peft_config.task_type == TaskType.SEQ_CLS else ()
             targets = find_targets(self.model, peft_config.to_moka())
             peft_config.target_modules = [t.path for t in targets if not matches(t.path, heads)]
+        if peft_config.modules_to_save:
+            # peft compares ends of strings, so that "norm" would select every input_layernorm as well
+            paths = [path for path, _ in walk(self.model)]
+            found = [
+                [p for p in paths if matches(p, [name])] or [name] for name in peft_config.modules_to_save
+            ]
+            peft_config.modules_to_save = list(dict.fromkeys(path for each in found for path in each))
         return peft_config
 
     def _prepare_model(self, peft_config: MokaConfig, model: Any) -> None:  # pyright: ignore
@@ -191,7 +198,6 @@ class MokaModel(BaseTuner):
         model: Any = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         if into is not None:
             dequantize(model, into)
-            model = model.to(into)
         return model
 
     # -- several adapters ---------------------------------------------------------------------------------
