@@ -1,12 +1,14 @@
 """MoKA as a method of peft: the scenarios, the configuration, and what is refused."""
 
 import dataclasses
+import re
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft_scenarios import BASES, SCENARIOS, Case, Skip, adapter_gradients, logits, randomize, same
 from torch import nn
 
@@ -240,3 +242,20 @@ def test_without_peft_the_import_names_the_extra(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=r"moka\[peft\]"):
         importlib.import_module("moka.integrations.peft")
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "peft.md").read_text(encoding="utf-8")
+
+
+def test_the_guide_maps_every_field_of_lora():
+    rows = [line for line in PAGE.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert {field.name for field in dataclasses.fields(LoraConfig)} - named == set()
+
+
+def test_the_table_of_scenarios_is_complete():
+    """And MoKA is never wrong in it, nor worse than LoRA but where that is decided."""
+    rows = PAGE.partition("<!-- table: scenarios -->")[2].partition("<!-- end -->")[0].strip().splitlines()
+    cells = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in rows[2:]}
+    assert list(cells) == list(SCENARIOS)
+    assert [name for name, row in cells.items() if not {*row[4:]} <= {"yes", "-"}] == list(REFUSED)
