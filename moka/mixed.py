@@ -64,8 +64,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], repeats: int = 1
 
     Raises:
         ConfigError: an unknown name, or an adapter with `modules_to_save`.
-        StateError: an adapter is merged; or gradient checkpointing is on in training, which would run the
-            forward pass again outside the block.
+        StateError: an adapter is merged; another such block is running; or gradient checkpointing is on in
+            training, which would run the forward pass again outside the block.
 
     Example:
         >>> with moka.mixed_batch(model, ["default", "__base__"]):          # doctest: +SKIP
@@ -79,6 +79,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], repeats: int = 1
     copies = [n for n in rows.names if any(n in m.modules_to_save for m in saved_modules(model).values())]
     if copies:
         raise ConfigError(f"adapter_names: {copies} have modules_to_save, which cannot be mixed in a batch")
+    if any(layer.rows is not None for layer in layers):
+        raise StateError("adapter_names: another mixed batch is running on this model; one at a time")
     if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
         raise StateError(f"adapters {merged} are merged into the base weights; unmerge them first")
     if torch.is_grad_enabled() and any(

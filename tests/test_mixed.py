@@ -122,6 +122,12 @@ def test_mixing_is_refused_before_it_starts():
     for names, message in ((["a", "c"], r"got \['c'\]"), ([], r"got \[\]")):
         with pytest.raises(ConfigError, match=message), moka.mixed_batch(model, names):
             pass
+    with (
+        moka.mixed_batch(model, ["a"]),
+        pytest.raises(StateError, match="another mixed batch"),
+        moka.mixed_batch(model, ["b"]),
+    ):
+        pass
     moka.merge(model, adapter_name="a", into=torch.float32)
     with pytest.raises(StateError, match="merged"), moka.mixed_batch(model, ["b"]):
         pass

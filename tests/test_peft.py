@@ -10,7 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft_scenarios import BASES, SCENARIOS, Case, Skip, adapter_gradients, logits, randomize, same
+from tiny import tiny_model
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import moka
 from moka.bases import is_linear4bit
@@ -135,6 +137,7 @@ def test_one_layer_class_serves_both(tmp_path):
         ({"shapes": [(3, 3, 3, 3)]}, ConfigError, "expected 64 x 64"),
         ({"r_pattern": {"x_proj": 2}}, InjectionError, "r_pattern key 'x_proj' matches no module"),
         ({"layers_to_transform": [5]}, InjectionError, "no layer"),
+        ({"modules_to_save": ["nrm"]}, InjectionError, "modules_to_save: 'nrm' matches no module"),
     ],
 )
 def test_a_bad_configuration_leaves_the_model_alone(tmp_path, fields, error, message):
@@ -154,6 +157,22 @@ def test_a_bad_adapter_name_is_refused(tmp_path):
 def test_4_bit_weights_are_not_trained_in_full(tmp_path):
     with pytest.raises(InjectionError, match="modules_to_save"):
         get_peft_model(case(tmp_path, "nf4").base(), case(tmp_path).config(modules_to_save=["o_proj"]))
+
+
+def test_a_classifier_is_trained_with_its_head():
+    """peft adds the heads to `modules_to_save`; all-linear leaves them alone."""
+    config = tiny_model().config
+    config.num_labels = 3
+    model = get_peft_model(
+        LlamaForSequenceClassification(config),
+        MokaConfig(task_type="SEQ_CLS", target_modules="all-linear", r=2),
+    )
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "moka_" not in n}
+    assert trained == {"base_model.model.score.modules_to_save.default.weight"}
+    assert len(moka.adapter_layers(model)) == 14
+    bare = LlamaForSequenceClassification(config)
+    bare.add_adapter(MokaConfig(task_type="SEQ_CLS", target_modules="all-linear", r=2))
+    assert len(moka.adapter_layers(bare)) == 14
 
 
 def test_peft_and_inject_do_not_mix(tmp_path):

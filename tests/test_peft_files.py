@@ -57,7 +57,7 @@ def test_what_moka_saves_peft_loads(tmp_path, base, kind):
     assert all(a.shapes == b.shapes for a, b in zip(*layers, strict=True))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "16 bits"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", BASES)
 def test_what_peft_saves_moka_loads(tmp_path, base, kind):
     case = Case("MoKA", base, tmp_path)

@@ -14,18 +14,18 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
-from ...bases import NF4Linear, is_linear4bit
-from ...errors import CheckpointMismatchError, ConfigError, InjectionError, StateError
+from ...errors import CheckpointMismatchError, ConfigError, StateError
 from ...inject import adapter_layers, check_adapter_name, check_linear4bit, stop_repacking
-from ...layers import MokaLinear
 from ...merge import merge_layers, unmerge
 from ...mixed import Rows, mixed_batch
 from ...quantize import dequantize
 from ...shapes import plan_shapes
-from ...targets import find_targets, matches, walk
+from ...targets import find_modules_to_save, find_targets, matches, walk
 from ...weighted import combination_config, combine_
 from .config import MokaConfig
 from .layer import MokaPeftLinear
+
+HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
 
 
 class MokaModel(BaseTuner):
@@ -59,24 +59,19 @@ class MokaModel(BaseTuner):
         if peft_config.modules_to_save:
             # peft compares ends of strings, so that "norm" would select every input_layernorm as well
             paths = [path for path, _ in walk(self.model)]
-            found = [
-                [p for p in paths if matches(p, [name])] or [name] for name in peft_config.modules_to_save
-            ]
-            peft_config.modules_to_save = list(dict.fromkeys(path for each in found for path in each))
+            found = {n: [p for p in paths if matches(p, [n])] for n in peft_config.modules_to_save}
+            # peft adds the names of heads, of which the model has one at most
+            lists = (found[n] or [n] for n in found if found[n] or n not in HEADS)
+            peft_config.modules_to_save = list(dict.fromkeys(path for each in lists for path in each))
         return peft_config
 
     def _prepare_model(self, peft_config: MokaConfig, model: Any) -> None:  # pyright: ignore
         if getattr(model, "moka_config", {}):
             raise StateError("the model holds adapters of moka.inject; call moka.eject first")
         check_linear4bit(model)
-        targets = find_targets(model, peft_config.to_moka())
-        for path, module in walk(model):
-            if matches(path, peft_config.modules_to_save or ()) and any(
-                isinstance(m, (MokaLinear, NF4Linear)) or is_linear4bit(m) for m in module.modules()
-            ):
-                raise InjectionError(
-                    f"modules_to_save: {path} holds 4-bit or adapted weights, which cannot be trained in full"
-                )
+        config = peft_config.to_moka()
+        targets = find_targets(model, config)
+        find_modules_to_save(model, config, ())
         self._selected = {target.path: target.aliases for target in targets}
         stop_repacking(model)
 
