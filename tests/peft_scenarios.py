@@ -1,111 +1,40 @@
-"""What people do with an adapter in peft, run for LoRA, LoKr and MoKA on a float and on 4-bit bases.
+"""What people do with an adapter in peft: `test_peft.py` does it with MoKA, `peft_table.py` with LoRA too.
 
-`tests/test_peft.py` runs them for MoKA; `python tests/peft_scenarios.py` runs all and rewrites the table of
-docs/peft.md. A scenario fails with an AssertionError when the result is silently wrong.
+A scenario fails with an AssertionError when the result is silently wrong.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import peft
+import safetensors.torch
 import torch
-from peft import AutoPeftModelForCausalLM, LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
-from tiny import tiny_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from peft_cases import (
+    TOKENS,
+    Case,
+    Skip,
+    Wrong,
+    active,
+    adapter_gradients,
+    add_delta,
+    count_parameters,
+    files,
+    logits,
+    mixed,
+    quantization,
+    randomize,
+    same,
+)
 
-import moka
 from moka.inject import stop_repacking
-from moka.integrations.peft import MokaConfig, hotswap_adapter
+from moka.integrations.peft import hotswap_adapter
 
-BASES = ("float", "bitsandbytes", "nf4")
-METHODS: dict[str, Callable[..., Any]] = {
-    "LoRA": lambda **fields: LoraConfig(**{"r": 4, **fields}),
-    "LoKr": lambda **fields: LoKrConfig(**{"r": 4, **fields}),
-    "MoKA": lambda **fields: MokaConfig(**{"r": 4, **fields}),
-}
-TOKENS = torch.arange(3, 3 + 4 * 12).view(4, 12)
 SCENARIOS: dict[str, Callable[[Case], None]] = {}
-
-
-class Wrong(AssertionError):
-    """A wrong result that came without an error; says what is wrong."""
-
-
-class Skip(Exception):
-    """The scenario does not exist on this base."""
-
-
-@cache
-def base_folder() -> str:
-    """A saved base model."""
-    folder = tempfile.mkdtemp(prefix="moka-peft-")
-    tiny_model().save_pretrained(folder)
-    return folder
-
-
-def quantization() -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-
-
-class Case:
-    """One method on one kind of base, with a folder for files."""
-
-    def __init__(self, method: str, base: str, folder: Path) -> None:
-        self.method, self.kind, self.folder = method, base, folder
-
-    def base(self, as_it_comes: bool = False) -> Any:
-        """The base model, in eval mode; bitsandbytes' layers are kept in fp32 unless `as_it_comes`."""
-        if self.kind == "bitsandbytes":
-            options = {"quantization_config": quantization(), "device_map": "cpu"}
-            model = AutoModelForCausalLM.from_pretrained(base_folder(), **options).eval()
-            if not as_it_comes:
-                stop_repacking(model)
-            return model
-        model = AutoModelForCausalLM.from_pretrained(base_folder()).eval()
-        return moka.quantize(model) if self.kind == "nf4" else model
-
-    def config(self, **fields: Any) -> Any:
-        fields = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **fields}
-        return METHODS[self.method](**fields)
-
-    def model(self, seed: int = 1, as_it_comes: bool = False, **fields: Any) -> Any:
-        """With one adapter, whose values are random."""
-        model = get_peft_model(self.base(as_it_comes), self.config(**fields))
-        randomize(model, "default", seed)
-        return model.eval()
-
-
-def randomize(model: Any, name: str, seed: int, size: float = 0.3) -> None:
-    """Random values for every parameter of an adapter."""
-    generator = torch.Generator().manual_seed(seed)
-    for path, parameter in model.named_parameters():
-        if name in path.split(".") and parameter.is_floating_point():
-            parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
-
-
-def logits(model: Any, tokens: torch.Tensor = TOKENS, **kwargs: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens, **kwargs).logits
-
-
-def same(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:
-    """Up to the order of summation: logits are sums over 64 products in fp32."""
-    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-def adapter_gradients(model: Any, **kwargs: Any) -> dict[str, torch.Tensor | None]:
-    model.zero_grad()
-    model(input_ids=TOKENS, labels=TOKENS, **kwargs).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def scenario(function: Callable[[Case], None]) -> Callable[[Case], None]:
@@ -147,10 +76,6 @@ def save_and_load(case: Case) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files(case.folder)
     loaded = PeftModel.from_pretrained(case.base(), case.folder)
     assert torch.equal(logits(loaded), logits(model))
-
-
-def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 @scenario
@@ -248,10 +173,6 @@ def rank_pattern(case: Case) -> None:
     assert many > few
     model.save_pretrained(case.folder)
     assert torch.equal(logits(PeftModel.from_pretrained(case.base(), case.folder)), logits(model))
-
-
-def count_parameters(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @scenario
@@ -353,22 +274,6 @@ def compiles(case: Case) -> None:
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
-def mixed(case: Case) -> tuple[Any, list[str], torch.Tensor]:
-    """A model with two adapters, a name per row, and the logits of each row alone."""
-    model = case.model()
-    model.add_adapter("second", case.config(target_modules=["k_proj", "v_proj"]))
-    randomize(model, "second", 2)
-    names, rows = ["second", "__base__", "default", "second"], []
-    for name, tokens in zip(names, TOKENS, strict=True):
-        if name == "__base__":
-            rows.append(logits(case.base(), tokens[None]))
-        else:
-            model.set_adapter(name)
-            rows.append(logits(model, tokens[None]))
-    model.set_adapter("default")
-    return model, names, torch.cat(rows)
-
-
 @scenario
 def mixed_batch(case: Case) -> None:
     """Mixed batch: `model(x, adapter_names=[...])`."""
@@ -408,19 +313,6 @@ def mixed_generation(case: Case) -> None:
             assert torch.equal(got[row, : alone.shape[1]], alone[0])
 
 
-class active:
-    """One adapter for the length of a block, then "default"."""
-
-    def __init__(self, model: Any, name: str) -> None:
-        self.model, self.name = model, name
-
-    def __enter__(self) -> None:
-        self.model.set_adapter(self.name)
-
-    def __exit__(self, *exception: object) -> None:
-        self.model.set_adapter("default")
-
-
 @scenario
 def weighted(case: Case) -> None:
     """`add_weighted_adapter` is the exact sum."""
@@ -440,10 +332,6 @@ def weighted(case: Case) -> None:
     model.save_pretrained(case.folder, selected_adapters=["sum"])
     loaded = PeftModel.from_pretrained(case.base(), case.folder / "sum")
     assert same(logits(loaded), total, 1e-6)
-
-
-def add_delta(layer: Any, delta: torch.Tensor) -> None:
-    layer.register_forward_hook(lambda module, args, output: output + args[0] @ delta.T)
 
 
 @scenario
@@ -476,8 +364,6 @@ def to_lora(case: Case) -> None:
 @scenario
 def wrong_file(case: Case) -> None:
     """A file that lacks half of the adapter is refused."""
-    import safetensors.torch
-
     case.model().save_pretrained(case.folder)
     path = case.folder / "adapter_model.safetensors"
     tensors = safetensors.torch.load_file(path)
@@ -496,45 +382,3 @@ def wrong_file(case: Case) -> None:
 def mixed_methods(case: Case) -> None:
     """Beside other methods in one model (`mixed=True`)."""
     get_peft_model(case.base(), case.config(), mixed=True)
-
-
-def outcome(name: str, method: str, base: str) -> str:
-    """What the table says: yes, -, or what happened."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        try:
-            SCENARIOS[name](Case(method, base, Path(folder)))
-        except Skip:
-            return "-"
-        except Wrong as error:
-            return f"**{error}**"
-        except AssertionError:
-            return "**wrong**"
-        except Exception as error:
-            return type(error).__name__
-    return "yes"
-
-
-def table() -> str:
-    columns = [(m, b) for m in METHODS for b in BASES if b != "nf4" or m == "MoKA"]
-    shown = {"float": "float", "bitsandbytes": "bnb NF4", "nf4": "moka NF4"}
-    head = " | ".join(f"{m}, {shown[b]}" for m, b in columns)
-    rows = [f"| | {head} |", "| --- |" + " --- |" * len(columns)]
-    for name in SCENARIOS:
-        cells = [outcome(name, method, base) for method, base in columns]
-        print(name, *cells, sep=" | ", file=sys.stderr, flush=True)
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def main() -> None:
-    path = Path(__file__).parent.parent / "docs" / "peft.md"
-    start, end = "<!-- table: scenarios -->\n", "<!-- end -->"
-    head, _, rest = path.read_text(encoding="utf-8").partition(start)
-    _, _, tail = rest.partition(end)
-    path.write_text(f"{head}{start}{table()}\n{end}{tail}", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

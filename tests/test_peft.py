@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from peft_scenarios import BASES, SCENARIOS, Case, Skip, adapter_gradients, logits, randomize, same
+from peft_cases import BASES, Case, Skip, adapter_gradients, logits, randomize, same
+from peft_scenarios import SCENARIOS
 from tiny import tiny_model
 from torch import nn
 from transformers import LlamaForSequenceClassification

@@ -8,7 +8,7 @@ import torch
 from adapter_files import same as same_state
 from adapter_files import state
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_scenarios import BASES, Case, logits, randomize, same
+from peft_cases import BASES, Case, logits, randomize, same
 from torch import nn
 
 import moka

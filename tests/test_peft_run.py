@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft_scenarios import randomize
+from peft_cases import randomize
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
