@@ -8,8 +8,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
-from peft_cases import BASES, Case, Skip, adapter_gradients, logits, randomize, same
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft_cases import BASES, TOKENS, Case, Skip, active, adapter_gradients, logits, randomize, same
 from peft_scenarios import SCENARIOS
 from tiny import tiny_model
 from torch import nn
@@ -197,6 +197,35 @@ def test_factors_stay_fp32_beside_a_bf16_base(tmp_path):
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if "moka_" in name else torch.bfloat16), name
     assert logits(model).dtype == torch.bfloat16
+    # also on the way through the meta device
+    saved = case(tmp_path).model()
+    saved.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(case(tmp_path).base().bfloat16(), tmp_path, low_cpu_mem_usage=True)
+    expected = dict(saved.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert "moka_" not in name or torch.equal(parameter, expected[name]), name
+
+
+def test_mixed_batches_with_modules_trained_in_full():
+    """peft's own wrapper of such a module gets the names of its rows too, repeated as beam search does."""
+    model = tiny_model()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    config = {"target_modules": ["q_proj"], "r": 2}
+    model = get_peft_model(model, MokaConfig(modules_to_save=["lm_head"], **config))
+    model.add_adapter("second", MokaConfig(modules_to_save=["lm_head"], **config))
+    model.add_adapter("third", MokaConfig(**config))  # its rows go through the original head
+    for seed, name in enumerate(("default", "second", "third")):
+        randomize(model, name, seed, 0.1)
+    names, options = ["second", "third", "default", "second"], {"max_new_tokens": 4, "pad_token_id": 2}
+    got = logits(model.eval(), adapter_names=names)
+    beams = model.generate(input_ids=TOKENS, adapter_names=names, num_beams=2, do_sample=False, **options)
+    for row, name in enumerate(names):
+        tokens = TOKENS[row : row + 1]
+        with active(model, name):
+            assert same(got[row : row + 1], logits(model, tokens))
+            alone = model.generate(input_ids=tokens, num_beams=2, do_sample=False, **options)
+        assert torch.equal(beams[row, : alone.shape[1]], alone[0])
 
 
 def test_a_module_with_two_paths_is_adapted_in_both(tmp_path):
@@ -244,6 +273,7 @@ def test_merging_into_16_bits_gives_a_plain_model(tmp_path, base):
     plain.save_pretrained(tmp_path / "plain")
     loaded = type(plain).from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
     assert torch.equal(logits(loaded), logits(plain))
+    assert plain.to(torch.float32).dtype == torch.float32  # which transformers refuses to a quantized model
 
 
 def test_gates_and_factors_learn_through_every_base(tmp_path):
