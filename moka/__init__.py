@@ -10,6 +10,7 @@ from .inject import active_adapters, adapter_layers, disabled, eject, inject, se
 from .integrations.distributed import shard
 from .layers import delta_weight
 from .merge import merge, merge_errors, unmerge
+from .mixed import mixed_batch
 from .plan import plan
 from .quantize import quantize
 from .summary import summary
@@ -31,6 +32,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "merge_errors",
+    "mixed_batch",
     "nf4",
     "plan",
     "quantize",

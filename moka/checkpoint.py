@@ -1,7 +1,8 @@
 """Saving and loading adapters: `adapter_model.safetensors`, and `adapter_config.json` for tools that want it.
 
-The safetensors file alone is the adapter: its metadata hold the manifest (`moka/manifest.py`).
-`adapter_config.json` is derived from it and never read. Keys are peft's: `base_model.model.<module>.moka_A`.
+The safetensors file alone is the adapter: its metadata hold the manifest (`moka/manifest.py`), and
+`adapter_config.json` is derived from it and not read. Keys are peft's: `base_model.model.<module>.moka_A`. A
+file that peft saved has no manifest; then `adapter_config.json` is read, as untrusted as the rest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layout, safefile
-from .config import MokaConfig
+from .config import ADAPTER_DTYPES, MokaConfig
 from .errors import (
     CheckpointFormatError,
     CheckpointMismatchError,
@@ -38,7 +40,7 @@ from .inject import (
     saved_modules,
     set_adapter,
 )
-from .manifest import Manifest, adapter_config_text, portable
+from .manifest import Manifest, adapter_config_text, portable, read_peft_config
 from .targets import find_targets
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -111,14 +113,14 @@ def load_adapter(
     allow_base_mismatch: bool = False,
     allow_nonfinite: bool = False,
 ) -> nn.Module:
-    """Loads an adapter that `save_adapter` wrote; an error leaves the model as it was.
+    """Loads an adapter that `save_adapter` or peft wrote; an error leaves the model as it was.
 
     The files are not trusted: all is checked, against the model too, before anything is changed. If the model
     has no adapter of this name, one is injected with the stored configuration; else it gets the values.
 
     Args:
         model: the base that the adapter was trained on, adapted or not.
-        directory: as given to `save_adapter`.
+        directory: as given to `save_adapter`, or peft's `save_pretrained`.
         adapter_name: what the adapter is called in the model.
         allow_base_mismatch: accept a base with other weights or another quantization.
         allow_nonfinite: accept NaN and infinity.
@@ -129,7 +131,7 @@ def load_adapter(
     Raises:
         FileNotFoundError: the directory holds no adapter.
         UnsafeFileError: a pickle, a link out of the directory, a FIFO, a configuration with more than data.
-        CheckpointFormatError: damaged, truncated, or not written by `save_adapter`.
+        CheckpointFormatError: damaged, truncated, or not an adapter of MoKA.
         CheckpointMismatchError: it does not fit the model, naming tensors or fields.
         BaseMismatchError: it fits, but was trained on another base.
         NonFiniteError: a tensor holds NaN or infinity.
@@ -145,28 +147,59 @@ def load_adapter(
     max_tensors = max(safefile.MAX_TENSORS, 3 * sum(1 for _ in model.modules()))
     with safefile.open_untrusted(directory, WEIGHTS) as descriptor:
         header = safefile.read_header(descriptor, where, max_tensors)
-        if METADATA_KEY not in header.metadata:
-            raise CheckpointFormatError(f"{where}: has no manifest, so moka.save_adapter did not write it")
-        manifest = Manifest.from_text(header.metadata[METADATA_KEY], where)
+        manifest, config = None, None
+        if METADATA_KEY in header.metadata:
+            manifest = Manifest.from_text(header.metadata[METADATA_KEY], where)
+            config = manifest.config
+        else:
+            config = _peft_config(directory, where, header)
         existing = getattr(model, "moka_config", {}).get(adapter_name)
         if existing is not None:
-            layout.check_fields(where, manifest.config, portable(existing, list(manifest.shapes)))
+            layout.check_fields(where, config, portable(existing, layout.layer_paths(header.tensors)))
         try:
-            targets = find_targets(model, manifest.config)
-            expected = layout.expected_tensors(model, manifest.config, targets)
+            targets = find_targets(model, config)
+            expected = layout.expected_tensors(model, config, targets)
         except (InjectionError, ConfigError) as error:
             raise CheckpointMismatchError(f"{where}: does not fit this model: {error}") from error
         layout.check_tensors(where, header.tensors, expected)
-        layout.check_shapes(where, manifest, targets)
-        base = fingerprint(model, layout.base_weights(targets))
-        if not allow_base_mismatch:
-            check_base(where, manifest.base, base)
+        weights = layout.base_weights(targets)
+        if manifest is not None:
+            layout.check_shapes(where, manifest, targets)
+            base = fingerprint(model, weights)
+            if not allow_base_mismatch:
+                check_base(where, manifest.base, base)
         data = safefile.read_all(descriptor, where, header)
     tensors = safetensors.torch.load(data)
-    _check_values(where, tensors, manifest, allow_nonfinite)
-    _warn_if_stale(directory, manifest.adapter_config)
-    _apply(model, tensors, manifest.config, adapter_name)
+    if manifest is not None:
+        _check_sums(where, tensors, manifest)
+    _check_finite(where, tensors, allow_nonfinite)
+    if manifest is not None:
+        _warn_if_stale(directory, manifest.adapter_config)
+    else:
+        warnings.warn(
+            f"{where}: was saved by peft, without a fingerprint of its base and without checksums, so "
+            f"neither could be checked; moka.save_adapter writes both",
+            stacklevel=2,
+        )
+    _apply(model, tensors, config, adapter_name)
     return model
+
+
+def _peft_config(directory: Path, where: str, header: safefile.Header) -> MokaConfig:
+    """The configuration of an adapter that peft saved, from `adapter_config.json` and the tensors' dtype."""
+    path = str(directory / CONFIG)
+    try:
+        with safefile.open_untrusted(directory, CONFIG) as descriptor:
+            config = read_peft_config(safefile.read_text(descriptor, path), path)
+    except FileNotFoundError:
+        raise CheckpointFormatError(
+            f"{where}: has no manifest and no {CONFIG} beside it, so neither moka.save_adapter nor peft "
+            f"wrote it in full; save the adapter again"
+        ) from None
+    # trainers cast what they train, and peft does not note that
+    stored = {header.tensors[name].dtype for name in header.tensors if name.endswith(layout.FACTORS)}
+    dtypes = [name for name in ADAPTER_DTYPES if layout.DTYPES[getattr(torch, name)] in stored]
+    return replace(config, adapter_dtype=dtypes[0]) if len(dtypes) == len(stored) == 1 else config
 
 
 def _refuse_pickles(directory: Path) -> None:
@@ -198,14 +231,18 @@ def _checksum(*parts: bytes | memoryview) -> str:
     return digest.hexdigest()[:32]
 
 
-def _check_values(where: str, tensors: dict[str, Tensor], manifest: Manifest, allow_nonfinite: bool) -> None:
+def _check_sums(where: str, tensors: dict[str, Tensor], manifest: Manifest) -> None:
     found = _checksums(tensors)
     if len(found) != len(manifest.checksums):
         raise CheckpointFormatError(f"{where}: {len(manifest.checksums)} checksums, expected {len(found)}")
     for name, checksum, stored in zip(sorted(tensors), found, manifest.checksums, strict=True):
         if checksum != stored:
             raise CheckpointFormatError(f"{where}: tensor {name} is corrupt, its checksum does not match")
-        if not allow_nonfinite and not tensors[name].isfinite().all():
+
+
+def _check_finite(where: str, tensors: dict[str, Tensor], allow_nonfinite: bool) -> None:
+    for name, tensor in sorted(tensors.items()):
+        if not allow_nonfinite and not tensor.isfinite().all():
             raise NonFiniteError(
                 f"{where}: {name} holds NaN or infinity; pass allow_nonfinite=True to load it"
             )

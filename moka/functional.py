@@ -75,6 +75,25 @@ def kron_mixture(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Shapes)
     return linear(x, (), None, (A, B, alpha, flatten_shapes(shapes)), "factored")
 
 
+def add_kron_mixtures(
+    y: Tensor, x: Tensor, indices: Sequence[Tensor], mixtures: Sequence[tuple[Tensor, Tensor, Tensor, Shapes]]
+) -> Tensor:
+    """`y[row] += sum_i alpha_i (A_i kron B_i) x[row]`, each row with the mixture of its own adapter.
+
+    Args:
+        y: `[batch, ..., N]`, changed in place.
+        x: `[batch, ..., K]`.
+        indices: the rows of each adapter, `[rows]` int64; a row that is in none stays as it is.
+        mixtures: `(A, B, alpha, shapes)` of each adapter, as for `kron_mixture`.
+
+    Returns:
+        y; differentiable in y, x and the mixtures.
+    """
+    for index, mixture in zip(indices, mixtures, strict=True):
+        y.index_add_(0, index, kron_mixture(x[index], *mixture).to(y.dtype))
+    return y
+
+
 def moka_linear(
     x: Tensor,
     weight: NF4Weight | Tensor,

@@ -74,10 +74,12 @@ def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") 
         raise StateError(
             f"adapter {adapter_name!r} exists already; choose another name or call moka.eject first"
         )
+    if not configs and adapter_layers(model):
+        raise StateError("the model holds adapters of peft; add further ones with peft's own functions")
     _refuse_wrapped(model)
     targets = find_targets(model, config)
     copies = find_modules_to_save(model, config, targets)
-    _check_linear4bit(model)
+    check_linear4bit(model)
     optimizers = _optimizers_of(model)
 
     layers = [t.module if isinstance(t.module, MokaLinear) else MokaLinear(t.module) for t in targets]
@@ -213,13 +215,7 @@ def _prepare_base(model: Any) -> None:
         if parameter.requires_grad:
             state.trainable.append(name)
             parameter.requires_grad_(False)
-    # On a CPU with AVX512-BF16, a bitsandbytes layer called in eval mode without gradients rearranges its
-    # weight for good, and no gradient passes through it from then on, not even in training mode: any layer of
-    # the model, adapted or not.
-    for module in model.modules():
-        if is_linear4bit(module) and getattr(module, "support_avx512bf16_for_cpu", False):
-            state.repacking.append(module)
-            module.support_avx512bf16_for_cpu = False
+    state.repacking = stop_repacking(model)
     if hasattr(model, "_hf_peft_config_loaded"):
         # transformers trains a quantized model only if it is told of an adapter. It then also makes the
         # embeddings' output require gradients when gradient checkpointing is switched on, without which
@@ -230,6 +226,23 @@ def _prepare_base(model: Any) -> None:
         if checkpointing and not hasattr(model, "_require_grads_hook"):
             state.input_grads = True
             model.enable_input_require_grads()
+
+
+def stop_repacking(model: nn.Module) -> list[Any]:
+    """Keeps bitsandbytes layers as they are stored; returns those that were changed.
+
+    On a CPU with AVX512-BF16, such a layer called in eval mode without gradients rearranges its weight for
+    good, and no gradient passes through it from then on, not even in training mode: any layer of the model,
+    adapted or not.
+    """
+    changed: list[Any] = [
+        module
+        for module in model.modules()
+        if is_linear4bit(module) and getattr(module, "support_avx512bf16_for_cpu", False)
+    ]
+    for module in changed:
+        module.support_avx512bf16_for_cpu = False
+    return changed
 
 
 def _restore_base(model: Any) -> None:
@@ -258,7 +271,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def _check_linear4bit(model: Any) -> None:
+def check_linear4bit(model: Any) -> None:
     """Every 4-bit layer of bitsandbytes passes gradients on, adapted or not, so each must be readable."""
     for path, module in model.named_modules():
         if is_linear4bit(module) and module.weight.device.type != "meta":

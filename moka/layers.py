@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ from . import bases, functional, reference
 from .bases import NF4Linear
 from .config import MokaConfig
 from .errors import ConfigError, StateError
-from .gates import at_least_fp32, scaled_gate, uniform_logit
+from .gates import GateDict, at_least_fp32, scaled_gate, uniform_logit
 from .init import init_factors_
 from .nf4 import NF4Weight
 from .shapes import KronShape, flatten_shapes
+
+if TYPE_CHECKING:
+    from .mixed import Rows
 
 __all__ = ["MergedBase", "MokaLinear", "NF4Linear", "TrainedCopy", "delta_weight"]
 
@@ -55,16 +58,18 @@ class MokaLinear(nn.Module):
         merged_adapters: those whose update is in the base weight already; they are left out of `forward`.
         merged_base: what `moka.unmerge` puts back; None unless merged.
         disable_adapters: `forward` calls the base layer alone.
+        rows: which row of the batch goes through which adapter, within `moka.mixed_batch`.
     """
 
     adapter_layer_names = ("moka_A", "moka_B", "moka_gate")
+    other_param_names = ("shapes", "configs", "scaling")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features: int = base_layer.in_features  # pyright: ignore[reportAttributeAccessIssue]
         self.out_features: int = base_layer.out_features  # pyright: ignore[reportAttributeAccessIssue]
-        self.moka_A, self.moka_B, self.moka_gate = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.moka_A, self.moka_B, self.moka_gate = nn.ParameterDict(), nn.ParameterDict(), GateDict()
         self.shapes: dict[str, tuple[KronShape, ...]] = {}
         self.configs: dict[str, MokaConfig] = {}
         self.scaling: dict[str, float] = {}
@@ -72,6 +77,7 @@ class MokaLinear(nn.Module):
         self.merged_adapters: list[str] = []
         self.merged_base: MergedBase | None = None
         self.disable_adapters = False
+        self.rows: Rows | None = None
         self.train(base_layer.training)
 
     def add_adapter(self, name: str, config: MokaConfig, shapes: Sequence[KronShape]) -> None:
@@ -109,9 +115,9 @@ class MokaLinear(nn.Module):
         """
         if name in self.merged_adapters:
             raise StateError(f"adapter {name!r} is merged into the base weight; unmerge it first")
-        for table in (self.moka_A, self.moka_B, self.moka_gate, self.shapes, self.configs, self.scaling):
-            if name in table:
-                del table[name]
+        for table in (*self.adapter_layer_names, *self.other_param_names):
+            if name in getattr(self, table):
+                del getattr(self, table)[name]
         self.active_adapters = [n for n in self.active_adapters if n != name]
 
     def set_adapter(self, names: Sequence[str]) -> None:
@@ -129,13 +135,19 @@ class MokaLinear(nn.Module):
             for name, parameter in table.items():
                 parameter.requires_grad_(name in active)
 
+    def used_adapters(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.configs]
+
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`, in the dtype the base layer would return."""
-        names = self.active_adapters
+        names = self.used_adapters()
         if self.merged_adapters:
             names = [name for name in names if name not in self.merged_adapters]
-        if self.disable_adapters or not names:
+        if self.disable_adapters or (not names and self.rows is None):
             return self._base_forward(x)
+        if self.rows is not None:
+            return self._mixed_forward(x, self.rows)
         base = self.base_layer
         dtype = bases.compute_dtype(base, x)
         inputs = x if dtype == x.dtype else x.to(dtype)
@@ -158,6 +170,19 @@ class MokaLinear(nn.Module):
         mixture = (*factors, flatten_shapes(shapes))
         y = functional.linear(inputs, bases.op_args(base), bias, mixture, self.configs[names[0]].path)
         return y if y.dtype == x.dtype or not bases.is_linear4bit(base) else y.to(x.dtype)
+
+    def _mixed_forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """The base for all rows at once, then to each row the mixture of its own adapter."""
+        inputs = x.to(bases.compute_dtype(self.base_layer, x))
+        indices, mixtures = [], []
+        for name in rows.names:
+            if name in self.configs:
+                index, p = rows.index(name, x), self.configs[name].dropout
+                if self.training and p:
+                    inputs = inputs.index_copy(0, index, nn.functional.dropout(inputs[index], p))
+                indices.append(index)
+                mixtures.append(self.mixture([name], gate_dropout=self.training))
+        return functional.add_kron_mixtures(self.base_layer(x), inputs, indices, mixtures)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         weight = getattr(self.base_layer, "weight", x)
@@ -195,7 +220,7 @@ class MokaLinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self, name: str | None = None) -> Tensor:
         """The dense update `[N, K]` in fp32 of one adapter, or of all active ones."""
-        names = self.active_adapters if name is None else [name]
+        names = self.used_adapters() if name is None else [name]
         zero = torch.zeros(self.out_features, self.in_features, device=self.weight_device())
         if not names:
             return zero
@@ -227,7 +252,7 @@ class MokaLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Active adapters and their sizes."""
-        active = ", ".join(f"{n} (r={len(self.shapes[n])})" for n in self.active_adapters)
+        active = ", ".join(f"{n} (r={len(self.shapes[n])})" for n in self.used_adapters())
         return f"active: {active or 'none'}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ PREFIX = "base_model.model."  # as in peft's files
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 #: What an existing adapter must share with a file; the other fields may change between training runs.
 SHAPING = ("r", "shapes", "gate", "scale", "r_pattern", "modules_to_save", "adapter_dtype")
+FACTORS = (".moka_A", ".moka_B")  # how the names of factors end
 MAX_NAMES = 10
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -50,6 +51,12 @@ def expected_tensors(model: nn.Module, config: MokaConfig, targets: list[Target]
             layout[f"{PREFIX}{path}.{name}"] = tuple(tensor.shape), tensor.dtype
     # a side whose factors are all identities has no entries, and no place in the file
     return {name: entry for name, entry in layout.items() if 0 not in entry[0]}
+
+
+def layer_paths(names: Iterable[str]) -> list[str]:
+    """The paths of the layers whose factors have these names in a file, in order."""
+    paths = (name.rpartition(".")[0].removeprefix(PREFIX) for name in names if name.endswith(FACTORS))
+    return list(dict.fromkeys(paths))
 
 
 def current_tensors(

@@ -17,11 +17,22 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .config import FORMAT_VERSION, MokaConfig
-from .errors import CheckpointFormatError, ConfigError, UnsafeFileError
+from .errors import CheckpointFormatError, CheckpointMismatchError, ConfigError, UnsafeFileError
 from .safefile import strict_json
 from .shapes import KronShape
 
 BASE_FIELDS = ("model_type", "name_or_path", "task_type", "quantization", "digest")
+FIELDS = tuple(field.name for field in fields(MokaConfig))
+#: What peft keeps beside the fields of a method.
+PEFT_FIELDS = (
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
 LITERAL = re.compile(r"[\w.-]+")  # matches itself alone, and costs nothing to match
 
 
@@ -120,10 +131,44 @@ def portable(config: MokaConfig, paths: list[str]) -> MokaConfig:
     return replace(config, **changes)
 
 
+def from_peft(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of moka's configuration out of one for peft, in which None may stand for the default."""
+    own = {name: values[name] for name in ("format_version", *FIELDS) if name in values}
+    optional = ("target_modules", "exclude_modules", "modules_to_save")
+    return {name: value for name, value in own.items() if value is not None or name not in optional}
+
+
+def read_peft_config(text: str, where: str) -> MokaConfig:
+    """The configuration in an `adapter_config.json` that peft saved, under the same rules as a manifest.
+
+    What peft adds is checked for its type and not used: it names a base model, a library and a class.
+
+    Raises:
+        CheckpointFormatError: damaged, or not the configuration of a MoKA adapter.
+        CheckpointMismatchError: the adapter trains tokens, which peft alone can load.
+        UnsafeFileError, ConfigError: as for a manifest.
+    """
+    values = strict_json(text, where)
+    if not isinstance(values, dict) or "format_version" not in values or values.get("peft_type") != "MOKA":
+        got = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
+        raise CheckpointFormatError(f"{where}: got peft_type {str(got)[:40]!r}, expected an adapter of MOKA")
+    for name in PEFT_FIELDS:
+        value = values.pop(name, None)
+        parts = value.values() if name == "auto_mapping" and isinstance(value, dict) else [value]
+        if not all(part is None or isinstance(part, (str, bool)) for part in parts):
+            raise CheckpointFormatError(f"{where}: field {name!r} is of the wrong type")
+    if values.pop("trainable_token_indices", None) is not None:
+        raise CheckpointMismatchError(
+            f"{where}: the adapter trains tokens (trainable_token_indices); use peft"
+        )
+    unknown = sorted(values.keys() - {"format_version", *FIELDS})
+    return _read_config({**from_peft(values), **{name: values[name] for name in unknown}}, where)
+
+
 def _read_config(values: Any, where: str) -> MokaConfig:
     if not isinstance(values, dict):
         raise CheckpointFormatError(f"{where}: the configuration is not a table")
-    known = {"format_version", *(field.name for field in fields(MokaConfig))}
+    known = {"format_version", *FIELDS}
     if values.get("format_version") == FORMAT_VERSION and (unknown := sorted(values.keys() - known)):
         raise UnsafeFileError(
             f"{where}: configuration field {unknown[0]!r} is unknown; moka follows no other name in a file"

@@ -9,7 +9,7 @@ one. Rounding back into 4 bits, to one of 16 values per entry, erases small upda
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,7 +28,6 @@ MAX_ERROR = 0.25
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.no_grad()
 def merge(
     model: nn.Module,
     into: torch.dtype | None = None,
@@ -59,17 +58,31 @@ def merge(
     Example:
         >>> model = moka.eject(moka.merge(model, into=torch.bfloat16))          # doctest: +SKIP
     """
+    merge_layers(adapter_layers(model), _adapter_names(model, adapter_name), into, force)
+    return model
+
+
+@torch.no_grad()
+def merge_layers(
+    layers: Mapping[str, MokaLinear], names: Sequence[str], into: torch.dtype | None, force: bool
+) -> None:
+    """Merges the named adapters into every layer that has one of them, or, on any error, into none.
+
+    Args:
+        layers: path -> layer.
+        names: sorted, so that the sum does not depend on their order.
+        into, force: as for `merge`, which says what it raises.
+    """
     if into is not None and into not in DTYPES:
         raise ConfigError(
             f"into: got {into!r}, expected one of {DTYPES}, or None to keep the kind of each layer"
         )
-    if any(is_sharded(parameter) for parameter in model.parameters()):
+    if any(is_sharded(parameter) for layer in layers.values() for parameter in layer.parameters()):
         raise StateError(
             "the model is split over processes; save its adapter, load it into a whole model and merge there"
         )
-    names = _adapter_names(model, adapter_name)
     merged: dict[MokaLinear, tuple[nn.Module, MergedBase, list[str]]] = {}
-    for path, layer in adapter_layers(model).items():
+    for path, layer in layers.items():
         if layer.merged_adapters:
             raise StateError(f"{path}: {layer.merged_adapters} are merged already; call moka.unmerge first")
         if present := [name for name in names if name in layer.moka_A]:
@@ -81,9 +94,8 @@ def merge(
         for layer, (new, base, present) in merged.items():
             layer.merged_base, layer.merged_adapters, layer.base_layer = base, present, new
     except BaseException:  # an interrupt leaves nothing half merged
-        _restore(merged)
+        restore(merged)
         raise
-    return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -95,7 +107,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     merged = [layer for layer in adapter_layers(model).values() if layer.merged_base is not None]
     if not merged:
         raise StateError("no adapter is merged; call moka.merge first")
-    _restore(merged)
+    restore(merged)
     return model
 
 
@@ -166,10 +178,11 @@ def _report_loss(path: str, new: nn.Module, error: float, force: bool) -> None:
     )
     if four_bit and not force:
         raise MergeError(f"{message}. force=True merges all the same")
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)
 
 
-def _restore(layers: Iterable[MokaLinear]) -> None:
+def restore(layers: Iterable[MokaLinear]) -> None:
+    """Puts the original base back into those of the layers that are merged."""
     for layer in layers:
         if layer.merged_base is not None:
             original, device = layer.merged_base.original, device_of(layer.base_layer)

@@ -71,7 +71,7 @@ def plot_gates(model: nn.Module, path: str | os.PathLike) -> None:
     """Each gate times r, one row per layer and one column per component; 1 is where a uniform gate starts."""
     gates = []
     for layer in adapter_layers(model).values():
-        for name in layer.active_adapters:
+        for name in layer.used_adapters():
             alpha = layer.alpha(name).float().cpu()
             gates.append(alpha / alpha.abs().mean().clamp(min=torch.finfo(torch.float32).tiny))
     columns = max(len(gate) for gate in gates)

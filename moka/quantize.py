@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .bases import NF4Linear, base_kind, is_linear4bit
 from .errors import ConfigError, InjectionError, StateError
-from .nf4 import BLOCKSIZES
+from .nf4 import BLOCKSIZES, from_bitsandbytes
 from .targets import matches, output_embedding, walk
 
 
@@ -131,3 +132,28 @@ def _quantize_layer(model: Any, paths: list[str], blocksize: int, double_quant: 
         parent, _, name = path.rpartition(".")
         model.get_submodule(parent)._modules[name] = layer
     return layer.nf4_weight().nbytes
+
+
+@torch.no_grad()
+def dequantize(model: Any, dtype: torch.dtype) -> None:
+    """Replaces every 4-bit layer by an `nn.Linear` of its dequantized weight, in place, and gives every
+    parameter this dtype; buffers keep theirs, since models compute positions from some in fp32."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, NF4Linear) and not is_linear4bit(child):
+                continue
+            weight = child.nf4_weight() if isinstance(child, NF4Linear) else from_bitsandbytes(child)
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
+            linear.register_parameter("bias", child.bias)
+            setattr(parent, name, linear)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    # transformers would otherwise save it as a quantized model, and refuse to cast it
+    model.hf_quantizer, model.is_quantized = None, False
+    for name in ("quantization_method", "is_loaded_in_4bit"):
+        if hasattr(model, name):
+            delattr(model, name)
+    if hasattr(getattr(model, "config", None), "quantization_config"):
+        del model.config.quantization_config

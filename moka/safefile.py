@@ -212,6 +212,23 @@ def read_all(descriptor: int, where: str, header: Header) -> bytes:
     return bytes(data)
 
 
+def read_text(descriptor: int, where: str) -> str:
+    """The text of an open file of at most `MAX_HEADER_BYTES`.
+
+    Raises:
+        CheckpointFormatError: it is longer, or not UTF-8.
+    """
+    data = os.pread(descriptor, MAX_HEADER_BYTES + 1, 0)
+    if len(data) > MAX_HEADER_BYTES:
+        raise CheckpointFormatError(f"{where}: more than {MAX_HEADER_BYTES} bytes; no adapter needs as many")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointFormatError(
+            f"{where}: is not UTF-8 ({error.reason} at byte {error.start})"
+        ) from error
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replaces `path` by `data`; a crash at any point leaves the old or the new file, whole and durable.
 

@@ -13,7 +13,7 @@ from torch import nn
 from .bases import NF4Linear, base_kind, is_linear4bit
 from .config import MokaConfig, pattern_matches
 from .errors import InjectionError
-from .layers import MokaLinear, TrainedCopy
+from .layers import MokaLinear
 from .shapes import KronShape, plan_shapes
 
 
@@ -100,11 +100,12 @@ def find_modules_to_save(model: nn.Module, config: MokaConfig, targets: Sequence
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every path and module below `module`, shared ones under each path; adapted layers are not entered."""
+    """Every path and module below `module`, shared ones under each path; what adapters put there (also
+    peft's trained copies, which have the attribute as well) is not entered."""
     for name, child in module._modules.items():
         if child is not None:
             yield prefix + name, child
-            if not isinstance(child, (MokaLinear, TrainedCopy)):
+            if not isinstance(child, MokaLinear) and not hasattr(child, "original_module"):
                 yield from walk(child, f"{prefix}{name}.")
 
 

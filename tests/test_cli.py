@@ -189,12 +189,14 @@ def test_chat_answers_a_pipe(folder):
     assert result.stdout.startswith(once.stdout) and len(result.stdout) > len(once.stdout)
 
 
-def test_merge_writes_a_plain_model(folder, adapter, tmp_path):
+@pytest.mark.parametrize("quantizer", ["nf4", "bitsandbytes"])
+def test_merge_writes_a_plain_model(folder, adapter, tmp_path, quantizer):
     """The merged 16-bit model gives the outputs of the adapted 4-bit model, up to rounding to float32."""
     from transformers import AutoModelForCausalLM
 
     output = tmp_path / "merged"
-    result = moka_command("merge", "--adapter", adapter, "--output", output, "--dtype", "float32")
+    options = "--dtype", "float32", "--quantize", quantizer
+    result = moka_command("merge", "--adapter", adapter, "--output", output, *options)
     assert result.exit_code == 0, result.output
     merged = AutoModelForCausalLM.from_pretrained(output)
     base = AutoModelForCausalLM.from_pretrained(folder / "model").eval()

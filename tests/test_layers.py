@@ -165,10 +165,19 @@ def test_gates():
     assert torch.allclose(fixed.alpha("default"), torch.full((5,), 0.4)) and len(fixed.moka_gate) == 0
 
 
-def test_gates_are_computed_in_fp32_whatever_their_storage():
-    layer = make_layer("linear").to(torch.bfloat16)  # as some trainers do to all trained parameters
-    assert layer.moka_gate["default"].dtype == torch.bfloat16
+def test_gates_stay_in_fp32_whatever_the_layer_is_cast_to():
+    layer = make_layer("linear")
+    gate = layer.moka_gate["default"]
+    gate.data = 1 + 1e-4 * torch.randn(len(gate))
+    before = gate.detach().clone()
+    layer.to(torch.bfloat16)
+    for parameter in layer.parameters():  # as some trainers do to all trained parameters
+        parameter.data = parameter.data.to(torch.bfloat16)
+    assert layer.moka_A["default"].dtype == torch.bfloat16
+    assert layer.moka_gate["default"] is gate and gate.dtype == torch.float32 and torch.equal(gate, before)
     assert layer.alpha("default").dtype == torch.float32
+    gate.data = torch.full((len(gate),), 2.0, dtype=torch.bfloat16)  # new values, not a cast
+    assert gate.dtype == torch.float32 and torch.equal(gate, torch.full((len(gate),), 2.0))
     y = layer(torch.randn(3, K, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
 

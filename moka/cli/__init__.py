@@ -1,5 +1,5 @@
 """The command line, one file per command: `moka train | eval | chat | merge | export-lora | plan | bench |
-info`."""
+info | run`."""
 
 from __future__ import annotations
 

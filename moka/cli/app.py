@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from ..errors import MokaError
-from . import bench, chat, export_lora, info, merge, plan, train
+from . import bench, chat, export_lora, info, merge, plan, run, train
 from . import eval as evaluate
 from .console import err
 
@@ -56,3 +56,7 @@ app.command("export-lora")(export_lora.export_lora)
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
+# what follows the name of the program belongs to the program
+app.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(
+    run.run
+)

@@ -1,0 +1,184 @@
+"""Mixed batches and weighted sums of adapters, for `moka.inject` and at the level of peft."""
+
+import pytest
+import torch
+from torch import nn
+
+import moka
+from helpers import assert_close_by_rule
+from moka import reference
+from moka.bases import NF4Linear
+from moka.errors import ConfigError, StateError
+from moka.mixed import Rows
+from moka.weighted import combination_config, combine_
+
+N, K = 32, 64
+SHAPES = {"a": [(8, 4, 4, 16), (2, 16, 16, 4)], "b": [(4, 4, 8, 16), (8, 8, 4, 8), (16, 4, 2, 16)]}
+
+
+def make(kind="linear", dtype=torch.float32, **fields):
+    """One layer with two adapters of random values, and a second layer that has "b" alone."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"x": nn.Linear(K, N), "y": nn.Linear(N, K)}).to(dtype)
+    if kind == "nf4":
+        model["x"], model["y"] = (NF4Linear.from_linear(layer) for layer in (model["x"], model["y"]))
+    for name, shapes in SHAPES.items():
+        targets = {"x": shapes} if name == "a" else {"x": shapes, "y": [(8, 4, 8, 8)]}
+        config = moka.MokaConfig(target_modules=list(targets), shapes=targets, **fields)
+        moka.inject(model, config, name)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.requires_grad:
+            continue
+        parameter.data.normal_()
+    for layer in moka.adapter_layers(model).values():
+        for table in (layer.moka_A, layer.moka_B, layer.moka_gate):
+            for parameter in table.values():
+                parameter.data.normal_()
+    return model
+
+
+def dense_row(layer, name, x):
+    """The textbook formula for one row, in float64."""
+    weight = layer.base_weight()
+    weight = weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float64)
+    y = x.double() @ weight.double().T + layer.bias.double()
+    if name in layer.configs:
+        A, B, alpha, shapes = layer.mixture([name])
+        y = y + x.double() @ reference.kron_dense(A.double(), B.double(), alpha.double(), shapes).T
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+def test_each_row_gets_its_adapter(kind, dtype):
+    model = make(kind, dtype if kind == "linear" else torch.float32)
+    names = ["b", "__base__", "a", "b", "a"]
+    for layer in moka.adapter_layers(model).values():
+        x = torch.randn(5, 3, layer.in_features, dtype=dtype)
+        with moka.mixed_batch(model, names), torch.no_grad():
+            y = layer(x)
+        expected = torch.stack([dense_row(layer, name, row) for name, row in zip(names, x, strict=True)])
+        # the base's product and the mixture are rounded before and after they are added
+        assert_close_by_rule(y, expected, None, dtype, roundings=3)
+        assert layer.rows is None
+
+
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+def test_gradients_of_each_adapter_come_from_its_rows(kind):
+    model = make(kind)
+    layer, names = model["x"], ["b", "__base__", "a", "b"]
+    for parameter in layer.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and parameter.dim() == 1)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(False)
+    x, dy = torch.randn(4, 3, K, requires_grad=True), torch.randn(4, 3, N)
+    with moka.mixed_batch(model, names):
+        y = layer(x)
+    y.backward(dy)
+    got = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+    dx = x.grad.clone()
+    layer.zero_grad()
+    for name in ("a", "b"):
+        rows = [i for i, n in enumerate(names) if n == name]
+        layer.active_adapters = [name]
+        part = x.detach()[rows].requires_grad_()
+        layer(part).backward(dy[rows])
+        torch.testing.assert_close(dx[rows], part.grad)
+    assert len(got) == 6
+    for path, grad in got.items():
+        torch.testing.assert_close(grad, dict(layer.named_parameters())[path].grad, msg=path)
+
+
+def test_active_adapters_and_training_do_not_matter_but_disabling_does():
+    model = make(dropout=0.5, gate_dropout=0.5)
+    layer, x = model["x"].eval(), torch.randn(2, K)
+    with moka.mixed_batch(model, ["a", "a"]):
+        first = layer(x)
+        layer.active_adapters = []
+        assert torch.equal(layer(x), first)
+        with moka.disabled(model):
+            assert torch.equal(layer(x), layer.base_layer(x))
+    layer.active_adapters = ["a"]
+    assert torch.allclose(layer(x), first, atol=1e-4)
+    layer.train()
+    with moka.mixed_batch(model, ["a", "__base__"]):
+        dropped = layer(x)
+    assert not torch.allclose(dropped[0], first[0]) and torch.equal(dropped[1], layer.base_layer(x)[1])
+
+
+def test_repeated_rows():
+    """Beam search calls some layers with each row several times over, one after the other."""
+    model, x = make(), torch.randn(2, K)
+    with moka.mixed_batch(model, ["a", "b"], repeats=3):
+        once, thrice = model["x"](x), model["x"](x.repeat_interleave(3, 0))
+        torch.testing.assert_close(thrice, once.repeat_interleave(3, 0))
+        with pytest.raises(StateError, match="a layer got 4 rows"):
+            model["x"](torch.randn(4, K))
+    assert model["x"].rows is None
+
+
+def test_mixing_is_refused_before_it_starts():
+    model = make()
+    for names, message in ((["a", "c"], r"got \['c'\]"), ([], r"got \[\]")):
+        with pytest.raises(ConfigError, match=message), moka.mixed_batch(model, names):
+            pass
+    with (
+        moka.mixed_batch(model, ["a"]),
+        pytest.raises(StateError, match="another mixed batch"),
+        moka.mixed_batch(model, ["b"]),
+    ):
+        pass
+    moka.merge(model, adapter_name="a", into=torch.float32)
+    with pytest.raises(StateError, match="merged"), moka.mixed_batch(model, ["b"]):
+        pass
+    moka.unmerge(model)
+    model["x"].gradient_checkpointing = True
+    with pytest.raises(StateError, match="gradient checkpointing"), moka.mixed_batch(model.train(), ["a"]):
+        pass
+    with torch.no_grad(), moka.mixed_batch(model, ["a"]):  # nothing to run again
+        pass
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    moka.inject(model, moka.MokaConfig(target_modules=["0"], r=2, modules_to_save=["1"]))
+    with pytest.raises(ConfigError, match="modules_to_save"), moka.mixed_batch(model, ["default"]):
+        pass
+
+
+def test_rows_of_an_adapter_are_looked_up_once():
+    rows, x = Rows(["a", "b", "a"]), torch.zeros(3, 1)
+    assert rows.index("a", x).tolist() == [0, 2] and rows.index("a", x) is rows.index("a", x)
+
+
+@pytest.mark.parametrize("gate", ["softmax", "linear", "none"])
+def test_a_weighted_sum_is_exact(gate):
+    model = make(gate=gate)
+    layers, names, weights = moka.adapter_layers(model), ["a", "b"], [0.75, -0.5]
+    expected = {
+        path: sum(
+            w * dense_delta(layer, n) for n, w in zip(names, weights, strict=True) if n in layer.configs
+        )
+        for path, layer in layers.items()
+    }
+    config = combination_config(layers, names, weights)
+    moka.inject(model, config, "sum")
+    combine_(layers, names, weights, "sum")
+    for path, layer in layers.items():
+        assert_close_by_rule(layer.delta_weight("sum"), expected[path], None, torch.float32)
+        assert layer.configs["sum"].gate == "linear"
+
+
+def dense_delta(layer, name):
+    A, B, alpha, shapes = layer.mixture([name])
+    return reference.kron_dense(A.double(), B.double(), alpha.double(), shapes).detach()
+
+
+def test_weights_and_names_must_match():
+    layers = moka.adapter_layers(make())
+    for names, weights, message in (
+        (["a", "c"], [1, 1], "adapters: got"),
+        (["a", "a"], [1, 1], "adapters: got"),
+        ([], [], "adapters: got"),
+        (["a", "b"], [1], "weights: got"),
+        (["a", "b"], [1, float("nan")], "weights: got"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            combination_config(layers, names, weights)
