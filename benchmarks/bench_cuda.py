@@ -1,6 +1,6 @@
 """Op and layer timings on one GPU beside their peers.
 
-    python benchmarks/bench_cuda.py FOLDER [--only decode forward dequantize training compiled] [--quick]
+    python benchmarks/bench_cuda.py FOLDER [--only SECTION ...] [--quick]
 
 Each section writes FOLDER/cuda_SECTION.csv, medians in microseconds.
 
@@ -9,6 +9,7 @@ Each section writes FOLDER/cuda_SECTION.csv, medians in microseconds.
     dequantize  NF4 to bf16, with the mixture merged in or without; one call, cold L2
     training    forward, gradient of the input and of the adapter, 4096 tokens; one call, cold L2;
                 "graph" rows replay the step as a CUDA graph, without the host's part
+    mixed       64 rows over 16 adapters, a token each (CUDA graph) and 32 each (one call), beside one adapter
     compiled    the training step of the mixture in plain PyTorch under torch.compile
 
 "moka" is the layer as `moka.inject` makes it, "moka op" the functional form with the gates worked out.
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from moka import functional
+from moka.mixed import Rows
 
 COPIES = {(4096, 4096): 24, (1024, 4096): 80, (14336, 4096): 8, (4096, 14336): 8}  # fill the L2 four times
 Layers = dict[str, Callable[[], nn.Module]]
@@ -112,6 +114,30 @@ def training(N: int, K: int, quick: bool, tokens: int = 4096) -> Timings:
     yield tokens, time_steps(layers | peers, N, K, tokens) | time_steps(layers, N, K, tokens, graph=True)
 
 
+def mixed(N: int, K: int, quick: bool, rows: int = 64, adapters: int = 16) -> Timings:
+    """Rows that go through adapters of their own."""
+    layers = [with_moka(linear4bit(N, K)).eval() for _ in range(COPIES[N, K] // 4)]
+    names = [f"adapter{i}" for i in range(adapters)]
+    for layer in layers:
+        for name in names:
+            layer.add_adapter(name, layer.configs["default"], layer.shapes["default"])
+    assignment = Rows([names[i % adapters] for i in range(rows)])
+
+    def call(layer: nn.Module, x: Tensor) -> None:
+        layer.rows = assignment  # as moka.mixed_batch does for every layer of a model
+        layer(x)
+        layer.rows = None
+
+    def calls(x: Tensor) -> dict[str, list[Call]]:
+        several = [lambda y=y: call(y, x) for y in layers]
+        return {"one adapter": [lambda y=y: y(x) for y in layers], f"{adapters} adapters": several}
+
+    yield rows, graph_calls(calls(torch.randn(rows, 1, K, device="cuda", dtype=DTYPE)))
+    if not quick:
+        long = calls(torch.randn(rows, 32, K, device="cuda", dtype=DTYPE))
+        yield rows * 32, cold_calls({name: each[0] for name, each in long.items()})
+
+
 def compiled(N: int, K: int, quick: bool, tokens: int = 4096) -> Timings:
     """The mixture in plain PyTorch under torch.compile; compiling takes most of the time."""
     torch._dynamo.reset()
@@ -149,7 +175,7 @@ def write(table: Table, section: str, N: int, K: int, tokens: int, timings: dict
         table.add(section=section, N=N, K=K, tokens=tokens, what=what, us=us, p20_us=p20, p80_us=p80)
 
 
-SECTIONS = {f.__name__: f for f in (decode, forward, dequantize, training, compiled)}
+SECTIONS = {f.__name__: f for f in (decode, forward, dequantize, training, mixed, compiled)}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ out=$(realpath "${1:?usage: run_cuda.sh RESULTS_FOLDER [MODEL DATA]}")
 here=$(dirname "$0")
 failed=
 run() { echo "== $*"; python3 "$here/$@" || failed="$failed $1"; }
-run bench_cuda.py "$out" --only decode forward dequantize training
+run bench_cuda.py "$out" --only decode forward dequantize training mixed
 run bench_model.py "$out"
 run profile_cuda.py "$out"
 [ $# -lt 3 ] || run parity.py "$2" "$3" "$out"

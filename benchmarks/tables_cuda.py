@@ -34,6 +34,8 @@ TRAINING = {
     "moka, graph": "moka, as a CUDA graph",
 }
 
+MIXED = ("one adapter", "16 adapters")
+
 
 def floor_us(row: dict[str, str]) -> float:
     """The larger of two times: NF4 weight and activations at the copy rate, operations at the matrix rate."""
@@ -97,6 +99,16 @@ def training_table() -> str:
         lines.append([title, *cells])
     header = [f"{next(iter(layers))[2]} tokens, us", *(f"{N} x {K}" for N, K, _ in layers)]
     return markdown(header, lines) + machine(rows)
+
+
+def mixed_table() -> str:
+    """A line per layer and number of tokens: one adapter for all rows, several, and their ratio."""
+    rows = read("cuda_mixed.csv")
+    lines = []
+    for (N, K, tokens), case in cases(rows).items():
+        one, several = (float(case[what]["us"]) for what in MIXED)
+        lines.append([f"{N} x {K}", tokens, short(one), short(several), f"{several / one:.2f}"])
+    return markdown(["layer (N x K), us", "tokens", *MIXED, "ratio"], lines) + machine(rows)
 
 
 def model_table() -> str:
@@ -164,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuda-forward": lambda: tokens_table("cuda_forward.csv", FORWARD),
     "cuda-dequantize": dequantize_table,
     "cuda-training": training_table,
+    "cuda-mixed": mixed_table,
     "cuda-model": model_table,
     "cuda-profile": profile_table,
     "parity": parity_table,

@@ -94,6 +94,40 @@ def add_kron_mixtures(
     return y
 
 
+def nf4_linear_rows(
+    x: Tensor,
+    base: tuple,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: Tensor,
+    adapter: Tensor,
+    shapes: Shapes,
+) -> Tensor:
+    """`y = W x + b + sum_i alpha_i (A_i kron B_i) x` with a mixture of its own for each token; no gradients.
+
+    Args:
+        x: `[..., K]`.
+        base: `NF4Weight.op_args()`.
+        bias: `[N]` or None.
+        A: `[adapters, entries]`, the factors of each adapter as for `kron_mixture`; B likewise.
+        alpha: `[adapters, r]`.
+        adapter: `[tokens]` int32, the row of A, B and alpha for each token of x; -1 for the base alone.
+        shapes: as for `kron_mixture`, the same for all adapters.
+
+    Returns:
+        `[..., N]` in x's dtype.
+    """
+    require_native()
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if bias is not None:
+        bias = bias.detach().to(x.dtype)
+    y = torch.ops.moka.nf4_linear_rows(
+        rows, *base, bias, A.detach(), B.detach(), alpha.detach(), adapter, flatten_shapes(shapes)
+    )
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 def moka_linear(
     x: Tensor,
     weight: NF4Weight | Tensor,

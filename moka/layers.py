@@ -173,7 +173,10 @@ class MokaLinear(nn.Module):
 
     def _mixed_forward(self, x: Tensor, rows: Rows) -> Tensor:
         """The base for all rows at once, then to each row the mixture of its own adapter."""
-        inputs = x.to(bases.compute_dtype(self.base_layer, x))
+        base: Any = self.base_layer
+        inputs = x.to(bases.compute_dtype(base, x))
+        if len(base_args := bases.op_args(base)) > 1 and (stacked := rows.stack(self, inputs)) is not None:
+            return functional.nf4_linear_rows(inputs, base_args, base.bias, *stacked).to(x.dtype)
         indices, mixtures = [], []
         for name in rows.names:
             if name in self.configs:
@@ -182,7 +185,7 @@ class MokaLinear(nn.Module):
                     inputs = inputs.index_copy(0, index, nn.functional.dropout(inputs[index], p))
                 indices.append(index)
                 mixtures.append(self.mixture([name], gate_dropout=self.training))
-        return functional.add_kron_mixtures(self.base_layer(x), inputs, indices, mixtures)
+        return functional.add_kron_mixtures(base(x), inputs, indices, mixtures)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         weight = getattr(self.base_layer, "weight", x)

@@ -65,6 +65,15 @@ def test_training_ratios_are_to_frozen_bf16(results):
     assert "| the same, torch.compile | 4000 (10.00) |  |" in lines
 
 
+def test_mixed_batches_are_held_against_one_adapter(results):
+    """The ratio is that of several adapters to one."""
+    rows = [
+        layer_row("mixed", what, us, tokens=64) for what, us in (("one adapter", 40), ("16 adapters", 50))
+    ]
+    write(results, "cuda_mixed.csv", rows)
+    assert tables_cuda.mixed_table().splitlines()[2] == "| 4096 x 4096 | 64 | 40.0 | 50.0 | 1.25 |"
+
+
 def test_parity_is_relative_to_plain_pytorch(results):
     """The sign says which path ends higher."""
     row = {"steps": 300, "first_loss": 3.25, "held_out_loss": 2.0, "seconds": 9.9}

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from test_kron import Mixture
 from torch import nn
 
 import moka
-from helpers import assert_close_by_rule
-from moka import reference
+from helpers import assert_close_by_rule, shifted
+from moka import functional, nf4, reference
 from moka.bases import NF4Linear
 from moka.errors import ConfigError, StateError
 from moka.mixed import Rows
+from moka.shapes import flatten_shapes
 from moka.weighted import combination_config, combine_
 
 N, K = 32, 64
@@ -182,3 +184,75 @@ def test_weights_and_names_must_match():
     ):
         with pytest.raises(ConfigError, match=message):
             combination_config(layers, names, weights)
+
+
+def operands(N, K, shapes, adapters, dtype, tokens):
+    """A weight, stacked mixtures and rows of them, each adapter and the base alone among them."""
+    w4 = nf4.quantize(torch.randn(N, K) / 8, double_quant=True)
+    mixtures = [Mixture(shapes, 1, dtype, make=shifted) for _ in range(adapters)]
+    A, B, alpha = (torch.stack([getattr(m, name) for m in mixtures]) / 4 for name in ("A", "B", "alpha"))
+    adapter = torch.arange(tokens, dtype=torch.int32) % (adapters + 1) - 1
+    return w4, (A, B, alpha), adapter, torch.randn(tokens, K).to(dtype)
+
+
+#: (N, K, shapes): for the GPU's fast kernel, with more rows than it has blocks for, and for none
+ROWS = {
+    "few rows": (64, 512, [(4, 16, 16, 32), (8, 32, 8, 16)]),
+    "many rows": (4096, 256, [(64, 16, 64, 16), (16, 8, 256, 32), (16, 16, 256, 16, 1)]),
+    "any shape": (31 * 3, 66, [(31, 6, 3, 11), (3, 33, 31, 2)]),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_mixture_per_row(name, dtype, bias, device):
+    N, K, shapes = ROWS[name]
+    for tokens in (1, 7, 33, 64, 70):
+        w4, (A, B, alpha), adapter, x = operands(N, K, shapes, 3, dtype, tokens)
+        b = torch.randn(N).to(dtype) if bias else None
+        y = functional.nf4_linear_rows(x, w4.op_args(), b, A, B, alpha, adapter, shapes)
+        expected = x.double() @ w4.dequantize(torch.float32).double().T + (0 if b is None else b.double())
+        for i in range(3):
+            dense = reference.kron_dense(A[i].double(), B[i].double(), alpha[i].double(), shapes)
+            expected += (adapter == i).double()[:, None] * (x.double() @ dense.T)
+        # the factors are rounded to tf32 or 16 bits, the shares added before or after y is
+        assert_close_by_rule(y, expected, None, dtype, roundings=4)
+
+
+def test_a_mixture_per_row_checks_its_arguments(device):
+    w4, (A, B, alpha), adapter, x = operands(*ROWS["few rows"], 3, torch.float32, 5)
+    args = x, *w4.op_args(), None, A, B, alpha, adapter, flatten_shapes(ROWS["few rows"][2])
+    torch.library.opcheck(torch.ops.moka.nf4_linear_rows.default, args)
+    for i, wrong, error, message in (
+        (11, A[:2], ValueError, "A, B, alpha: expected"),
+        (14, adapter[:4], ValueError, "adapter: expected one number for each row"),
+        (14, adapter.long(), TypeError, "adapter: expected dtype Int"),
+        (11, A[:, 1:].contiguous(), ValueError, "A: expected"),
+    ):
+        with pytest.raises(error, match=message):
+            torch.ops.moka.nf4_linear_rows(*args[:i], wrong, *args[i + 1 :])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("gate", ["softmax", "none"])
+def test_few_tokens_take_one_operator(gate):
+    """A step of serving: the same numbers as one adapter after the other; a change of an adapter is seen."""
+    torch.manual_seed(0)
+    layer = NF4Linear.from_linear(nn.Linear(512, 256)).to("cuda", torch.bfloat16)
+    model = nn.ModuleDict({"x": layer})
+    for name in ("a", "b"):
+        moka.inject(model, moka.MokaConfig(target_modules=["x"], r=4, gate=gate), name)
+    layer, names = model["x"], ["b", "__base__", "a", "b", "a"]
+    for parameter in (*layer.moka_A.values(), *layer.moka_B.values(), *layer.moka_gate.values()):
+        parameter.data.normal_(std=0.3)
+    x = torch.randn(5, 3, 512, device="cuda", dtype=torch.bfloat16)
+    calls = []
+    original = functional.nf4_linear_rows
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), moka.mixed_batch(model, names):
+        patch.setattr(functional, "nf4_linear_rows", lambda *a: calls.append(1) or original(*a))
+        for _ in range(2):
+            expected = torch.stack([dense_row(layer, name, row) for name, row in zip(names, x, strict=True)])
+            assert_close_by_rule(layer(x).cpu(), expected.cpu(), None, torch.bfloat16, roundings=4)
+            layer.moka_B["a"].mul_(3)
+    assert len(calls) == 2
