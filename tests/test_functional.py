@@ -223,7 +223,7 @@ def op_cases():
     ops, shapes = torch.ops.moka, flatten_shapes(SHAPES)
     x, dy, bias, mixture = torch.randn(5, K), torch.randn(5, N), torch.randn(N), factors()
     plain, double = base_weight("nf4").op_args(), base_weight("nf4_double").op_args()
-    none = (None, None, None, [])
+    none, rows = (None, None, None, []), torch.tensor([1, 0, -1, 1, 0], dtype=torch.int32)
     return {
         "nf4_quantize": (ops.nf4_quantize.default, (torch.randn(N, K), 32)),
         "nf4_dequantize": (ops.nf4_dequantize.default, (*plain, torch.float32, *none)),
@@ -231,6 +231,10 @@ def op_cases():
         "nf4_linear": (ops.nf4_linear.default, (x, *double, bias, *none, False, "auto")),
         "nf4_linear merged": (ops.nf4_linear.default, (x, *plain, bias, *mixture, shapes, False, "merged")),
         "nf4_linear dx": (ops.nf4_linear.default, (dy, *plain, None, *mixture, shapes, True, "factored")),
+        "nf4_linear_rows": (
+            ops.nf4_linear_rows.default,
+            (x, *double, bias, *(torch.stack([t, -t]) for t in mixture), rows, shapes),
+        ),
         "dense_linear": (
             ops.dense_linear.default,
             (x, torch.randn(N, K), bias, *mixture, shapes, "factored"),
