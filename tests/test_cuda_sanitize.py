@@ -67,6 +67,19 @@ def linear(tokens, N, mixed):
     check(y, x.double() @ dense.T + bias.double(), roundings=3)
 
 
+def rows(tokens, N):
+    shapes = [(4, 16, N // 4, 32), (N // 16, 32, 16, 16)]
+    w, one = weight(shapes)
+    mixtures = [Mixture(shapes, 1, BF16, make=shifted) for _ in range(3)]
+    A, B, alpha = (torch.stack(tensors) for tensors in zip(*(m.params for m in mixtures), strict=True))
+    x, adapter = torch.randn(tokens, one.K).to(BF16), torch.arange(tokens, dtype=torch.int32) % 4 - 1
+    y = ops.nf4_linear_rows(*on_gpu((x, *w.op_args(), None, A, B, alpha, adapter, one.flat_shapes)))
+    want = x.double() @ w.dequantize(torch.float32).double().T
+    for i, m in enumerate(mixtures):
+        want += (adapter == i).double()[:, None] * (x.double() @ m.dense().T)
+    check(y, want, roundings=3)
+
+
 def mix(dtype):
     m = Mixture(MIXTURES["periodic"], 5, dtype, make=shifted)
     y = ops.kron_mix(*on_gpu((m.x, *m.params, m.flat_shapes, False, None)))
@@ -93,6 +106,7 @@ CASES = {
     **{f"quantize {d}": (quantize, d, 64) for d in (torch.float32, BF16, torch.float16)},
     **{f"build {name} {d}": (build, name, d) for name in MIXTURES for d in (BF16, torch.float32)},
     **{f"linear {args}": (linear, *args) for args in product((1, 9, 33, 70), (48, 128), (False, True))},
+    **{f"rows {args}": (rows, *args) for args in ((5, 48), (40, 128))},
     **{f"mix {d}": (mix, d) for d in (BF16, torch.float32)},
     # in fp32: initcheck does not see what cuBLAS' 16-bit kernels store
     **{f"gradients {name}": (gradients, MIXTURES[name], torch.float32) for name in MIXTURES},
