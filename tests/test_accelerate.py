@@ -141,7 +141,8 @@ def test_a_training_step_of_peft(folder, device):
     assert moka.accelerate(model) is model and len(moka.accelerated_layers(model)) == 14
     after = gradients(model)
     assert list(before) == list(after) == list(exact) and len(before) == 1 + 2 * 14
-    assert not all(map(torch.equal, before.values(), after.values()))  # other kernels did it
+    if device.type == "cpu":  # other kernels did it; on a GPU both libraries leave fp32 to cuBLAS
+        assert not all(map(torch.equal, before.values(), after.values()))
     for name, plain in before.items():
         # rounding errors of a whole model: sums over layers, where no limit of a single product holds
         errors = [(g.double() - exact[name]).norm() for g in (plain, after[name])]
