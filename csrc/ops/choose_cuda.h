@@ -33,8 +33,8 @@ inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const Mixt
   if (transpose || !sixteen_bit(dtype)) return LinearKernel::kBuild;
   const bool hopper = at::cuda::getCurrentDeviceProperties()->major == 9, mixed = mix.shapes.r > 0;
   const bool few = decode_supports(w) && decode_supports(mix);
-  // a mixture per row can't be merged into one weight; of one for all, that pays from 17 tokens, or 33 of few rows
-  const int64_t factored = mix.adapter ? kMaxDecodeTokens : w.N <= 8192 ? 32 : 16;
+  // merging one mixture into a dense weight pays from 33 tokens; a mixture per row can't be merged
+  const int64_t factored = mix.adapter ? kMaxDecodeTokens : 32;
   if (few && tokens <= (mixed ? factored : 16)) return LinearKernel::kDecode;
   // up to 512 tokens, and 128 of a small weight, whose dense copy is quickly made
   if (hopper && !mixed && tokens <= (w.N * w.K < 1 << 23 ? 128 : 512) && nf4_gemm_supports(w))
