@@ -23,7 +23,10 @@ def questions() -> Dataset:
     rows = task_rows("arc_easy", "train")
     return Dataset.from_list(
         [
-            {"prompt": f"Question: {row['question']}\nAnswer:", "completion": " " + row["options"][row["gold"]]}
+            {
+                "prompt": f"Question: {row['question']}\nAnswer:",
+                "completion": " " + row["options"][row["gold"]],
+            }
             for row in rows
         ]
     )
