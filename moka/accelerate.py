@@ -2,9 +2,9 @@
 
     y = W x + b,   dx = W^T dy          W in NF4, read in place
 
-and peft's LoRA layers on them as one operation (`moka.accelerated`). The layers stay the objects that they are:
-only their class changes, to a subclass of its own that has another `forward`. Weights, state dict, quantization
-state, moves between devices and merging are bitsandbytes' and peft's own.
+and peft's LoRA layers on them as one operation (`moka.accelerated`). The layers stay the objects that they
+are: only their class changes, to a subclass of its own that has another `forward`. Weights, state dict,
+quantization state, moves between devices and merging are bitsandbytes' and peft's own.
 """
 
 from __future__ import annotations

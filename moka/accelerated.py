@@ -86,16 +86,23 @@ def _plain_update(layer: Any, x: Tensor) -> Update | None:
     (name,) = names
     A, B = all_A[name], modules["lora_B"]._modules[name]
     base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[name]
-    if not (type(A) is type(B) is nn.Linear and _is_accelerated(base) and _does_nothing(dropout)):
+    if not (_is_plain_linear(A) and _is_plain_linear(B) and _is_accelerated(base) and _does_nothing(dropout)):
         return None
-    if any(map(_is_hooked, (A, B, base, dropout))):
+    scale = layer.scaling[name]
+    if (
+        _is_hooked(base)
+        or not isinstance(scale, int | float)
+        or not _dtypes_fit(layer, x, A.weight, B.weight)
+    ):
         return None
-    tensors, scale = (A.weight, B.weight), layer.scaling[name]
-    if A.bias is not None or B.bias is not None or not isinstance(scale, int | float):
-        return None
-    if not all(type(t) in (Tensor, nn.Parameter) for t in tensors):  # not one that is split over processes
-        return None
-    return Update(*tensors, scale) if _dtypes_fit(layer, x, *tensors) else None
+    return Update(A.weight, B.weight, scale)
+
+
+def _is_plain_linear(module: Any) -> bool:
+    """Whether a module is a product with a weight that it holds whole, not split over processes."""
+    if type(module) is not nn.Linear or module.bias is not None or _is_hooked(module):
+        return False
+    return type(module.weight) in (Tensor, nn.Parameter)
 
 
 def _is_accelerated(base: nn.Module) -> bool:
@@ -104,7 +111,8 @@ def _is_accelerated(base: nn.Module) -> bool:
 
 def _does_nothing(dropout: Any) -> bool:
     kind = type(dropout)
-    return kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p))
+    off = kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p))
+    return off and not _is_hooked(dropout)
 
 
 def _is_hooked(module: Any) -> bool:

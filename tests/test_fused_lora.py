@@ -1,4 +1,4 @@
-"""peft's LoRA layer as one operation: peft's numbers, and peft's own forward for all that is not plain LoRA."""
+"""peft's LoRA layer as one operation: same numbers, and peft's own forward for all that is not plain LoRA."""
 
 import copy
 import logging
@@ -293,6 +293,9 @@ def test_a_model_with_checkpointing(folder, device, fused_calls):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracer
+@torch._dynamo.config.patch(
+    specialize_float=True
+)  # dynamic=True traces twice to find out that scales are fixed
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("device", ["cpu", BACKENDS[-1]])  # as a default it would be part of what is compiled
 def test_compiles_in_one_graph(autocast, device):
