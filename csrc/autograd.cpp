@@ -5,33 +5,10 @@
 //
 // The nodes are C++ because in Python they cost more time than a small layer's kernels. torch.compile traces through
 // them: they call nothing but operators that have fakes.
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include "autograd.h"
 
 namespace moka {
 namespace {
-
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
-
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-Tensor tensor(const OptionalTensor& t) { return t.value_or(Tensor()); }
-Tensor cast(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
-
-// Integers as a tuple: compiled autograd hashes what a node saves, and a list has no hash.
-c10::IValue box(at::IntArrayRef v) { return c10::ivalue::Tuple::create(std::vector<c10::IValue>(v.begin(), v.end())); }
-std::vector<int64_t> unbox(const c10::IValue& tuple) {
-  std::vector<int64_t> v;
-  for (const c10::IValue& i : tuple.toTupleRef().elements().asArrayRef()) v.push_back(i.toInt());
-  return v;
-}
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // The frozen weight. NF4: the five tensors and four sizes of the schema's group; dense: one tensor; or none at all.
 struct Base {
@@ -74,21 +51,6 @@ Tensor apply_layer(const Tensor& x, const Base& base, const OptionalTensor& bias
   static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::IntArrayRef,
                                         bool, const OptionalTensor&)>("moka::kron_mix");
   return op.call(x, *mix.A, *mix.B, *mix.alpha, mix.shapes, transpose, y);
-}
-
-struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
-  static Tensor forward(AutogradContext*, const Tensor& grad) { return grad.view_as(grad); }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "moka: trying to differentiate twice a function that is once_differentiable");
-  }
-};
-
-// Under create_graph=True a second derivative then raises an error, rather than being left out.
-variable_list once_differentiable(variable_list grads) {
-  if (at::GradMode::is_enabled())
-    for (Tensor& grad : grads)
-      if (grad.defined()) grad = OnceDifferentiable::apply(grad.requires_grad_());
-  return grads;
 }
 
 struct Layer : torch::autograd::Function<Layer> {

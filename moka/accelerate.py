@@ -2,54 +2,28 @@
 
     y = W x + b,   dx = W^T dy          W in NF4, read in place
 
-The layers stay the objects that they are: only their class changes, to a subclass of its own that has another
-`forward`. Weights, state dict, quantization state, moves between devices and merging are bitsandbytes' own.
+and peft's LoRA layers on them as one operation (`moka.accelerated`). The layers stay the objects that they
+are: only their class changes, to a subclass of its own that has another `forward`. Weights, state dict,
+quantization state, moves between devices and merging are bitsandbytes' and peft's own.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import types
 import warnings
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from . import bases, functional, nf4
+from . import bases, nf4
+from .accelerated import Accelerated, FusedLora, can_be_fused, lora_class
 from .errors import StateError
 from .ops import built_with_cuda, require_native
+from .substitute import Substitute, has_own_forward, restore, substitute, was_replaced
 
 logger = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")  # where moka has kernels
 MAX_NAMES = 10  # in a message
-
-
-class Accelerated:
-    """The forward of an accelerated layer; its class derives from this and from the layer's original class.
-
-    Attributes:
-        original_class: what `decelerate` restores.
-    """
-
-    original_class: type[nn.Module]
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """x `[..., K]` -> `[..., N]` in x's dtype; the product runs in the compute dtype, as before."""
-        if not self.compute_type_is_set:  # bitsandbytes' rule for a layer that was given no compute dtype
-            self.set_compute_type(x)
-            self.compute_type_is_set = True
-        dtype = bases.compute_dtype(self, x)
-        bias = self.bias
-        if bias is not None and bias.dtype != dtype:
-            bias = bias.to(dtype)
-        y = functional.linear(x.to(dtype), bases.op_args(self), bias, functional.NO_MIXTURE, "auto")
-        return y.to(x.dtype)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # copies are made by way of the original class, which can be found by its name
-        _, _, *state = super().__reduce_ex__(protocol)  # pyright: ignore[reportAssignmentType]
-        return _new, (self.original_class,), *state
 
 
 def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
@@ -59,13 +33,17 @@ def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
     instances of the same classes, with the same weights; peft's wrappers around them keep working, and so do
     saving, merging, moving and `torch.compile`. Layers that are accelerated already are left alone.
 
+    peft's LoRA layers on them become one operation, `y = W x + b + s (x A^T) B^T`, wherever they are just
+    that: one active adapter, no dropout in training, no variant such as DoRA. Otherwise peft's own forward
+    runs. Call it after `get_peft_model`, or again.
+
     Args:
         model: holds `Linear4bit` layers in NF4, bare or under the adapters of peft or of `moka.inject`.
         strict: refuse a model with a layer that cannot be accelerated; False leaves such layers to
             bitsandbytes, with a warning that lists them.
 
     Returns:
-        The same model. `accelerated_layers` lists what was changed; the count goes to the log (level INFO).
+        The same model. `accelerated_layers` lists the layers; the counts go to the log (level INFO).
 
     Raises:
         StateError: no layer can be accelerated, or (strict) not all: FP4, not quantized yet, repacked by an
@@ -91,8 +69,9 @@ def accelerate(model: nn.Module, strict: bool = True) -> nn.Module:
         warnings.warn(f"left to bitsandbytes: {_listed(refused)}", stacklevel=2)
     new = [m for path, m in layers.items() if path not in refused and not isinstance(m, Accelerated)]
     for layer in new:
-        _set_class(layer, accelerated_class(type(layer)))
+        substitute(layer, Accelerated)
     logger.info("%d of %d Linear4bit layers accelerated", len(new), len(layers))
+    _fuse_adapters(model)
     return model
 
 
@@ -102,35 +81,35 @@ def decelerate(model: nn.Module) -> nn.Module:
     Raises:
         StateError: no layer is accelerated, or one was wrapped since; the model is as it was.
     """
-    layers = accelerated_layers(model)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Substitute)}
     if not layers:
         raise StateError("the model holds no accelerated layer; nothing to decelerate")
     for path, layer in layers.items():
-        if type(layer) is not accelerated_class(layer.original_class):
+        if was_replaced(layer):
             raise StateError(
                 f"{path}: its class was replaced since moka.accelerate, by {type(layer).__name__}; undo that "
                 f"first"
             )
+    count = sum(isinstance(layer, Accelerated) for layer in layers.values())
     for layer in layers.values():
-        _set_class(layer, layer.original_class)
-    logger.info("%d Linear4bit layers decelerated", len(layers))
+        restore(layer)
+    logger.info("%d Linear4bit layers decelerated", count)
     return model
 
 
 def accelerated_layers(model: nn.Module) -> dict[str, Any]:
-    """Path -> accelerated layer; a shared layer is listed once, under its first path."""
+    """Path -> accelerated `Linear4bit`; a shared layer is listed once, under its first path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Accelerated)}
 
 
-@functools.cache
-def accelerated_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `original`, a kind of `Linear4bit`, whose instances run on moka's kernels."""
-    members = {"original_class": original, "__module__": __name__}
-    return type(f"Accelerated{original.__name__}", (Accelerated, original), members)
-
-
-def _new(original: type[nn.Module]) -> nn.Module:
-    return object.__new__(accelerated_class(original))
+def _fuse_adapters(model: nn.Module) -> None:
+    """Gives the LoRA layers of peft their fused forward; those that have a forward of their own keep it."""
+    adapters = [module for module in model.modules() if lora_class(module) is not None]
+    new = [m for m in adapters if not isinstance(m, FusedLora) and can_be_fused(m)]
+    for module in new:
+        substitute(module, FusedLora)
+    if adapters:
+        logger.info("%d of %d LoRA layers of peft fused with their base", len(new), len(adapters))
 
 
 def _obstacle(layer: Any) -> str | None:
@@ -138,9 +117,7 @@ def _obstacle(layer: Any) -> str | None:
     kind: Any = type(layer)
     if not issubclass(kind, Accelerated):
         expected: Any = bases.linear4bit_class(layer)
-        bound = vars(layer).get("_old_forward", vars(layer).get("forward"))  # accelerate's hooks set these
-        own = bound is not None and getattr(bound, "__func__", None) is not expected.forward
-        if own or kind.forward is not expected.forward:
+        if has_own_forward(layer, expected):
             return f"{kind.__name__} has a forward of its own, expected that of bitsandbytes' Linear4bit"
     try:
         device = nf4.bitsandbytes_args(layer)[0].device.type
@@ -151,15 +128,6 @@ def _obstacle(layer: Any) -> str | None:
     if device == "cuda" and not built_with_cuda():
         return "its weight is on cuda, and moka was built without CUDA kernels; install it beside nvcc"
     return None
-
-
-def _set_class(layer: nn.Module, kind: type[nn.Module]) -> None:
-    """Changes the class of a layer, and of its `forward` where accelerate's hooks keep it bound."""
-    old = type(layer).forward
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(layer).get(name), "__func__", None) is old:
-            setattr(layer, name, types.MethodType(kind.forward, layer))
-    layer.__class__ = kind
 
 
 def _listed(refused: dict[str, str]) -> str:

@@ -11,7 +11,8 @@ The gradients (`G = dY^T X` is never formed in full):
     dx = W^T dy + sum_i alpha_i (A_i^T kron B_i^T) dy        dA_i = alpha_i sum_t dY_t B_i X_t^T
     d alpha_i = <dA_i, A_i> / alpha_i                        dB_i = alpha_i sum_t dY_t^T A_i X_t
 
-They are first-order only: differentiating a gradient again raises an error. `csrc/autograd.cpp` has them.
+They are first-order only: differentiating a gradient again raises an error. `csrc/autograd.cpp` has them,
+`csrc/lora.cpp` those of a low-rank update.
 """
 
 from __future__ import annotations
@@ -177,6 +178,35 @@ def kron_add(weight: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Shapes
     """
     require_native()
     return torch.ops.moka.kron_add(weight.detach(), A, B, alpha, flatten_shapes(shapes))
+
+
+def nf4_lora(
+    x: Tensor,
+    base: tuple,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    compute: torch.dtype,
+) -> Tensor:
+    """`y = W x + b + scale (x A^T) B^T`, a low-rank update (LoRA) of an NF4 layer in one operation.
+
+    Args:
+        x: `[..., K]`.
+        base: `NF4Weight.op_args()`.
+        bias: `[N]` or None, of dtype `compute`.
+        A: `[r, K]`; the product with A and B runs in their dtype.
+        B: `[N, r]`, of A's dtype.
+        compute: of the product with W. Under autocast its dtype takes the place of this one and of A's.
+
+    Returns:
+        `[..., N]` in x's dtype. Differentiable in x, bias, A and B.
+    """
+    require_native()
+    device, low = x.device.type, A.dtype
+    if torch.is_autocast_enabled(device):
+        compute = low = torch.get_autocast_dtype(device)
+    return torch.ops.moka.nf4_lora.default(x, *base, bias, A, B, scale, compute, low)
 
 
 def linear(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: str) -> Tensor:

@@ -169,15 +169,19 @@ def dense64(model):
     return model.double()
 
 
+def enable_checkpointing(model, reentrant):
+    inner = model.get_base_model()
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # the older one last
+        if enable := getattr(inner, name, None):
+            enable({"use_reentrant": reentrant})
+            break
+
+
 def test_checkpointing_saving_and_merging_with_peft(folder, tmp_path, device):
     models = [qlora(load(folder, device)), qlora(moka.accelerate(load(folder, device)))]
     assert isinstance(models[1].model.model.layers[0].mlp.up_proj, peft.tuners.lora.bnb.Linear4bit)
     plain = gradients(models[1])
-    inner = models[1].get_base_model()
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # the older one last
-        if enable := getattr(inner, name, None):
-            enable({"use_reentrant": True})
-            break
+    enable_checkpointing(models[1], reentrant=True)
     models[1].enable_input_require_grads()
     assert all(map(torch.equal, plain.values(), gradients(models[1].train()).values()))
     for i, model in enumerate(models):

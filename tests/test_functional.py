@@ -235,6 +235,14 @@ def op_cases():
             ops.nf4_linear_rows.default,
             (x, *double, bias, *(torch.stack([t, -t]) for t in mixture), rows, shapes),
         ),
+        "nf4_lora": (
+            ops.nf4_lora.default,
+            (x, *double, bias, torch.randn(3, K), torch.randn(N, 3), 2.0, torch.float32, torch.float32),
+        ),
+        "nf4_lora mixed": (
+            ops.nf4_lora.default,
+            (x, *plain, None, torch.randn(1, K), torch.randn(N, 1), 2.0, torch.bfloat16, torch.float16),
+        ),
         "dense_linear": (
             ops.dense_linear.default,
             (x, torch.randn(N, K), bias, *mixture, shapes, "factored"),
@@ -259,7 +267,18 @@ def test_opcheck(name, device):
     torch.library.opcheck(op, args)
 
 
-@pytest.mark.parametrize("name", ["nf4_linear", "nf4_linear merged", "nf4_linear dx", "dense_linear", "gate"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nf4_linear",
+        "nf4_linear merged",
+        "nf4_linear dx",
+        "nf4_lora",
+        "nf4_lora mixed",
+        "dense_linear",
+        "gate",
+    ],
+)
 def test_opcheck_with_gradients(name):
     op, args = op_cases()[name]
     for argument, value in zip(op._schema.arguments, args, strict=True):

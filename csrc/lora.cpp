@@ -1,0 +1,120 @@
+// A frozen NF4 layer with a trained low-rank update (LoRA) and its gradients, in as few passes over x and y as other
+// operators allow.
+//
+//   y = W x + b + s (x A^T) B^T                               A [r, K], B [N, r]
+//   dx = W^T dy + s (dy B) A,  dA = s (dy B)^T x,  dB = s dy^T (x A^T),  db = sum dy; all first-order only
+//
+// Three dtypes: x, y and their gradients have the dtype of x; products with W run in `compute`, those with A and B in
+// `low`, to which A and B are cast. Gradients of A and B have the parameters' own dtype.
+#include "autograd.h"
+
+namespace moka {
+namespace {
+
+// The casts below say which dtype a product has, also where backward runs under autocast.
+using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
+
+struct Weight {
+  variable_list tensors;       // packed, absmax, absmax2, code2, offset
+  std::vector<int64_t> sizes;  // blocksize, blocksize2, N, K
+};
+
+Tensor base_product(const Tensor& x, const Weight& w, const OptionalTensor& bias, bool transpose) {
+  static const auto op = find_op<Tensor(
+      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      int64_t, int64_t, int64_t, int64_t, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, at::IntArrayRef, bool, c10::string_view)>("moka::nf4_linear");
+  const auto& t = w.tensors;
+  const auto& n = w.sizes;
+  return op.call(x, t[0], t[1], optional(t[2]), optional(t[3]), optional(t[4]), n[0], n[1], n[2], n[3], bias,
+                 std::nullopt, std::nullopt, std::nullopt, {}, transpose, "auto");
+}
+
+Tensor rows(const Tensor& t, at::ScalarType dtype) { return cast(t.reshape_symint({-1, t.sym_size(-1)}), dtype); }
+
+// y += scale (u factor), by the product itself where the dtypes agree
+void add_product(const Tensor& y, const Tensor& u, const Tensor& factor, double scale) {
+  Tensor flat = y.view_symint({-1, y.sym_size(-1)});
+  if (flat.scalar_type() == u.scalar_type())
+    flat.addmm_(u, factor, 1, scale);
+  else
+    flat.add_(at::mm(u, factor), scale);
+}
+
+// scale (a^T b) in the dtype of a parameter. `like` has the shape of the result; its values do not matter.
+Tensor parameter_grad(const Tensor& like, const Tensor& a, const Tensor& b, double scale, at::ScalarType dtype) {
+  return cast(at::addmm(like, a.t(), b, 0, scale), dtype);
+}
+
+struct Lora : torch::autograd::Function<Lora> {
+  static constexpr bool is_traceable = true;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& bias, const Tensor& A,
+                        const Tensor& B, const Weight& weight, double scale, at::ScalarType compute,
+                        at::ScalarType low) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+    const Tensor A_low = cast(A, low), B_low = cast(B, low);
+    const Tensor u = at::mm(rows(x, low), A_low.t());
+    const Tensor y = cast(base_product(cast(x, compute), weight, bias, false), x.scalar_type());
+    add_product(y, u, B_low.t(), scale);
+    variable_list saved = {A.requires_grad() ? x : Tensor(), B.requires_grad() ? u : Tensor(), A_low, B_low};
+    saved.insert(saved.end(), weight.tensors.begin(), weight.tensors.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["args"] =
+        c10::ivalue::Tuple::create(box(weight.sizes), bias.has_value(), scale, static_cast<int64_t>(compute),
+                                   static_cast<int64_t>(A.scalar_type()), static_cast<int64_t>(B.scalar_type()));
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list out(8);  // as many as forward has arguments
+    // checkpointing recomputes them here, which takes autograd: before the guard
+    const variable_list saved = ctx->get_saved_variables();
+    {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+      const Tensor &grad_y = grads[0], &x = saved[0], &u = saved[1], &A = saved[2], &B = saved[3];
+      // sizes, bias, scale, compute, dtypes of A and B
+      const auto args = ctx->saved_data["args"].toTupleRef().elements().asArrayRef();
+      const double scale = args[2].toDouble();
+      auto dtype = [&](size_t i) { return static_cast<at::ScalarType>(args[i].toInt()); };
+      size_t edge = 0;  // counts the tensors that were given
+      const bool need_x = ctx->needs_input_grad(edge++);
+      const bool need_bias = args[1].toBool() && ctx->needs_input_grad(edge++);
+      const bool need_A = ctx->needs_input_grad(edge++), need_B = ctx->needs_input_grad(edge++);
+      const Tensor grad_low = rows(grad_y, A.scalar_type());
+      const Tensor grad_u = need_x || need_A ? at::mm(grad_low, B) : Tensor();  // without the scale
+      if (need_x || need_bias) {
+        const Tensor grad = cast(grad_y, dtype(3));
+        if (need_bias) out[1] = rows(grad, grad.scalar_type()).sum(0);
+        if (need_x) {
+          const Weight weight = {{saved.begin() + 4, saved.end()}, unbox(args[0])};
+          out[0] = cast(base_product(grad, weight, std::nullopt, true), grad_y.scalar_type());
+          add_product(out[0], grad_u, A, scale);
+        }
+      }
+      if (need_A) out[2] = parameter_grad(A, grad_u, rows(x, A.scalar_type()), scale, dtype(4));
+      if (need_B) out[3] = parameter_grad(B, grad_low, u, scale, dtype(5));
+    }
+    return once_differentiable(std::move(out));
+  }
+};
+
+Tensor nf4_lora(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
+                const OptionalTensor& code2, const OptionalTensor& offset, int64_t blocksize, int64_t blocksize2,
+                int64_t N, int64_t K, const OptionalTensor& bias, const Tensor& A, const Tensor& B, double scale,
+                at::ScalarType compute, at::ScalarType low) {
+  TORCH_CHECK_VALUE(
+      A.dim() == 2 && B.dim() == 2 && A.sym_size(1) == K && B.sym_size(0) == N && B.sym_size(1) == A.sym_size(0),
+      "A, B: expected [r, ", K, "] and [", N, ", r], got ", A.sym_sizes(), " and ", B.sym_sizes());
+  const Weight weight = {{packed, absmax, tensor(absmax2), tensor(code2), tensor(offset)},
+                         {blocksize, blocksize2, N, K}};
+  return Lora::apply(x, bias, A, B, weight, scale, compute, low);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moka, CompositeImplicitAutograd, m) { m.impl("nf4_lora", &nf4_lora); }
+
+}  // namespace moka
