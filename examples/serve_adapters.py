@@ -46,7 +46,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(source, quantization_config=NF4, dtype=DTYPE)
     if options.adapters:
-        names = [f"{i} {folder}".replace(".", "_") for i, folder in enumerate(options.adapters)]
+        names = [f"adapter{i}" for i in range(len(options.adapters))]
         model = peft.PeftModel.from_pretrained(base, options.adapters[0], adapter_name=names[0])
         for name, folder in zip(names[1:], options.adapters[1:], strict=True):
             model.load_adapter(folder, adapter_name=name)
