@@ -76,7 +76,7 @@ def can_be_fused(module: Any) -> bool:
 
 def _plain_update(layer: Any, x: Tensor) -> Update | None:
     """The update, if it is what all of the layer amounts to for x; None leaves the call to peft."""
-    if layer._disable_adapters:
+    if layer._disable_adapters or layer.merged_adapters:
         return None
     modules = layer._modules  # a fraction of the time that attributes of a module take
     all_A = modules["lora_A"]._modules
