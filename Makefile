@@ -1,5 +1,6 @@
 # make demo [DATA=my.jsonl] [SEED=0]   fine-tune a real 4-bit model and score it before and after
 # make test                            every check and test
+# make docs                            the API reference, from docstrings, into build/docs
 # make lint | format | bench | clean
 # make cuda-test | sanitize | cuda-bench   on a machine with a GPU: its tests, compute-sanitizer, timings
 #
@@ -17,14 +18,14 @@ FAILED = { echo "moka: that did not succeed, see above: it needs a package index
 CPP_FILES := $(shell find csrc $(wildcard tests/cpp) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py pyproject.toml $(wildcard _backend/*.py) $(filter csrc/%,$(CPP_FILES))
 
-.PHONY: demo test lint format kernels ctest pytest bench clean cuda-test sanitize cuda-bench
+.PHONY: demo test lint format kernels ctest pytest docs bench clean cuda-test sanitize cuda-bench
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --seed $(SEED) $(if $(DATA),--data "$(DATA)")
 
-test: lint kernels ctest pytest
+test: lint kernels ctest pytest docs
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -48,6 +49,10 @@ ctest: $(VENV)/.test
 pytest: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+docs: $(VENV)/.test
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs moka moka.data moka.embedded moka.errors \
+	  moka.evaluate moka.integrations.peft moka.integrations.preflight moka.integrations.trainer moka.loading moka.train
+
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py
 
@@ -61,7 +66,11 @@ sanitize: $(VENV)/.test
 	  out=$$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool TOOL --error-exitcode 1 \
 	    $(BIN)/python -m pytest -q -x tests/test_cuda_sanitize.py 2>&1); status=$$?; echo "TOOL: $$out"; exit $$status'
 
-cuda-bench: $(VENV)/.test
+cuda-docs: $(VENV)/.test
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs moka moka.data moka.embedded moka.errors \
+	  moka.evaluate moka.integrations.peft moka.integrations.preflight moka.integrations.trainer moka.loading moka.train
+
+bench: $(VENV)/.test
 	benchmarks/run_cuda.sh benchmarks/results
 
 clean:

@@ -20,16 +20,14 @@ from moka.integrations.peft import MokaConfig  # in place of: from peft import L
 
 def questions() -> Dataset:
     """ARC-Easy's training questions, each with its right answer."""
-    rows = task_rows("arc_easy", "train")
-    return Dataset.from_list(
-        [
-            {
-                "prompt": f"Question: {row['question']}\nAnswer:",
-                "completion": " " + row["options"][row["gold"]],
-            }
-            for row in rows
-        ]
-    )
+    rows = [
+        {
+            "prompt": f"Question: {row['question']}\nAnswer:",
+            "completion": " " + row["options"][row["gold"]],
+        }
+        for row in task_rows("arc_easy", "train")
+    ]
+    return Dataset.from_list(rows)
 
 
 def main() -> None:
