@@ -25,7 +25,7 @@ SOURCES := setup.py pyproject.toml $(wildcard _backend/*.py) $(filter csrc/%,$(C
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --seed $(SEED) $(if $(DATA),--data "$(DATA)")
 
-test: lint kernels ctest pytest docs
+test: lint kernels ctest docs pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -66,11 +66,7 @@ sanitize: $(VENV)/.test
 	  out=$$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool TOOL --error-exitcode 1 \
 	    $(BIN)/python -m pytest -q -x tests/test_cuda_sanitize.py 2>&1); status=$$?; echo "TOOL: $$out"; exit $$status'
 
-cuda-docs: $(VENV)/.test
-	$(BIN)/python -m pdoc --docformat google --output-directory build/docs moka moka.data moka.embedded moka.errors \
-	  moka.evaluate moka.integrations.peft moka.integrations.preflight moka.integrations.trainer moka.loading moka.train
-
-bench: $(VENV)/.test
+cuda-bench: $(VENV)/.test
 	benchmarks/run_cuda.sh benchmarks/results
 
 clean:

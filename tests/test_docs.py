@@ -42,9 +42,9 @@ def broken(page: Path, text: str) -> list[str]:
             continue
         path, _, anchor = link.partition("#")
         target = page.parent / path
-        if not target.exists():
-            missing.append(link)
-        elif anchor and anchor not in anchors(target.read_text("utf-8") if path else text):
+        if not target.exists() or (
+            anchor and anchor not in anchors(target.read_text("utf-8") if path else text)
+        ):
             missing.append(link)
     return missing
 
