@@ -17,7 +17,8 @@ from pathlib import Path
 import tables_cuda
 from table_format import Rows, markdown, number, read
 
-from moka.shapes import KronShape, plan_shapes
+from moka.rules import plan_shapes
+from moka.shapes import KronShape
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = ("4",)  # token counts that are in the CSV alone, to keep README short

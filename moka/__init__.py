@@ -12,7 +12,9 @@ from .layers import delta_weight
 from .merge import merge, merge_errors, unmerge
 from .mixed import mixed_batch
 from .plan import plan
+from .presets import preset, presets
 from .quantize import quantize
+from .rates import param_groups, routing_loss
 from .summary import summary
 
 __all__ = [
@@ -34,8 +36,12 @@ __all__ = [
     "merge_errors",
     "mixed_batch",
     "nf4",
+    "param_groups",
     "plan",
+    "preset",
+    "presets",
     "quantize",
+    "routing_loss",
     "save_adapter",
     "set_adapter",
     "shard",

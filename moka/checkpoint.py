@@ -85,7 +85,7 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     base = fingerprint(model, layout.base_weights(targets))
     current = layout.current_tensors(model, config, targets, adapter_name)
     tensors = {
-        name: layout.full_tensor(current[name]).to("cpu", dtype).contiguous()
+        name: layout.full_tensor(current[name]).to("cpu", dtype, copy=True).contiguous()
         for name, (_, dtype) in layout.expected_tensors(model, config, targets).items()
     }
     for name, tensor in tensors.items():
@@ -173,6 +173,7 @@ def load_adapter(
     if manifest is not None:
         _check_sums(where, tensors, manifest)
     _check_finite(where, tensors, allow_nonfinite)
+    layout.check_tied(where, tensors, config, targets)
     if manifest is not None:
         _warn_if_stale(directory, manifest.adapter_config)
     else:
@@ -268,7 +269,7 @@ def _apply(model: nn.Module, tensors: dict[str, Tensor], config: MokaConfig, ada
     with contextlib.ExitStack() as undo:
         if adapter_name not in getattr(model, "moka_config", {}):
             active = active_adapters(model)
-            inject(model, config, adapter_name)
+            inject(model, config, adapter_name, initialize=False)
             undo.callback(_remove, model, adapter_name, active)
         current = layout.current_tensors(model, config, find_targets(model, config), adapter_name)
         for name, tensor in tensors.items():

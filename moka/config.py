@@ -11,17 +11,19 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import ConfigError
+from .factors import parse
 from .functional import PATHS
-from .gates import GATES
+from .gates import GATES, is_gate
 from .init import INITS
-from .shapes import KINDS
+from .rules import MAX_R, parse_rule
 
 #: Written into every saved configuration. Raise it when the meaning of a field changes; older ones must keep
 #: loading.
 FORMAT_VERSION = 1
-MAX_R = 1024
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
-ShapeSpec = str | tuple[tuple[int, ...], ...]
+ShapeSpec = str | tuple[tuple[int | str, ...], ...]
+#: What an adapter can train, in the order of `MokaLinear.adapter_layer_names`.
+PARTS = ("A", "B", "gate")
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,19 @@ class MokaConfig:
         exclude_modules: suffixes or a regular expression of modules to leave alone.
         layers_to_transform: indices of the layers to adapt, the first number in a module path; None for all.
         r: components of each mixture.
-        shapes: "balanced" (the paper's), "identity" (MoKA_s), a list of `(ma, na, mb, nb)` which then sets
-            the number of components, or a dict from module pattern to one of these; modules that match none
-            are balanced.
-        gate: "softmax", "linear" or "none".
+        shapes: "balanced" (the paper's), "identity" (MoKA_s), another rule of `moka.rules`, a list of
+            `(ma, na, mb, nb)` (and what else a `KronShape` holds) which then sets the number of components,
+            or a dict from module pattern to one of these; modules that match none are balanced.
+        gate: "softmax", "linear", "none" or another of `moka.gates`.
+        gate_temperature: T of the gates that are a softmax.
         scale: factor on the gated sum; None means the number of components, which undoes the 1/r of a uniform
-            gate.
-        init: "default" (A random, B zero) or "swapped".
+            gate; "sqrt" its square root, for an output that does not grow with r (rsLoRA's rule).
+        init: "default" (A random, B zero), "swapped", or "svd" (the leading Kronecker components of the base
+            weight, with a gate of zeros: for gate="matrix" or "linear").
+        train: which of "A", "B" and "gate" are trained; the others stay as they start.
+        tie: "A" or "B": the layers whose components agree share these factors; None: each has its own.
+        nested: in a training step each layer uses its first k components, k drawn anew, so that every prefix
+            is an adapter (DyLoRA, arXiv 2210.07558).
         dropout: on the mixture's input. The paper uses 0.1; it is 0 here since dropout rules out the merged
             path.
         gate_dropout: probability that a component is left out in a training step.
@@ -67,8 +75,12 @@ class MokaConfig:
     r: int = 10
     shapes: str | Sequence[Sequence[int]] | Mapping[str, Any] = "balanced"
     gate: str = "softmax"
-    scale: float | None = None
+    gate_temperature: float = 1.0
+    scale: float | str | None = None
     init: str = "default"
+    train: Sequence[str] = PARTS
+    tie: str | None = None
+    nested: bool = False
     dropout: float = 0.0
     gate_dropout: float = 0.0
     path: str = "auto"
@@ -102,7 +114,12 @@ class MokaConfig:
             self._set("shapes", {k: _check_shapes(f"shapes[{k!r}]", v) for k, v in items})
         else:
             self._set("shapes", _check_shapes("shapes", self.shapes))
-        choices = {"gate": GATES, "init": INITS, "path": PATHS, "adapter_dtype": ADAPTER_DTYPES}
+        if not is_gate(self.gate):
+            _fail("gate", self.gate, f"one of {GATES}")
+        self._set("train", _check_names("train", self.train))
+        if not self.train or set(self.train) - set(PARTS):
+            _fail("train", self.train, f"some of {PARTS}")
+        choices = {"init": INITS, "tie": (None, "A", "B"), "path": PATHS, "adapter_dtype": ADAPTER_DTYPES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 _fail(name, getattr(self, name), f"one of {allowed}")
@@ -110,12 +127,16 @@ class MokaConfig:
             self._set(name, _check_number(name, getattr(self, name)))
             if not 0.0 <= getattr(self, name) < 1.0:
                 _fail(name, getattr(self, name), "a probability of at least 0 and below 1")
-        if self.scale is not None:
-            self._set("scale", _check_number("scale", self.scale))
-            if self.scale <= 0:
-                _fail("scale", self.scale, "a number above 0, or None for the number of components")
-        if not isinstance(self.strict, bool):
-            _fail("strict", self.strict, "True or False")
+        for name, special in (("scale", (None, "sqrt")), ("gate_temperature", ())):
+            if getattr(self, name) not in special:
+                self._set(name, _check_number(name, getattr(self, name)))
+                if getattr(self, name) <= 0:
+                    _fail(name, getattr(self, name), f"a number above 0{', None or sqrt' if special else ''}")
+        for name in ("strict", "nested"):
+            if not isinstance(getattr(self, name), bool):
+                _fail(name, getattr(self, name), "True or False")
+        if self.init == "svd" and self.gate not in ("matrix", "linear"):
+            _fail("init", self.init, "gate='matrix' or 'linear' with it, which can be zero")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -123,6 +144,12 @@ class MokaConfig:
     def r_for(self, path: str) -> int:
         """The number of components for the module at `path`, unless an explicit list of shapes sets it."""
         return next((r for key, r in self.r_pattern.items() if pattern_matches(key, path)), self.r)
+
+    def scale_for(self, r: int) -> float:
+        """The factor on the gated sum of r components."""
+        if self.scale == "sqrt":
+            return math.sqrt(r)
+        return float(r if self.scale is None else self.scale)
 
     def shapes_for(self, path: str) -> ShapeSpec:
         """The shape specification for the module at `path`."""
@@ -232,17 +259,20 @@ def _check_mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _check_shapes(name: str, value: Any) -> ShapeSpec:
-    expected = f"one of {KINDS} or a non-empty list of at most {MAX_R} (ma, na, mb, nb)"
+    expected = f"a rule such as 'balanced' or a non-empty list of at most {MAX_R} (ma, na, mb, nb)"
     if isinstance(value, str):
-        if value not in KINDS:
-            _fail(name, value, expected)
+        parse_rule(name, value)
         return value
     rows = [_check_list(name, row, expected) for row in _check_list(name, value, expected)]
-    if not 1 <= len(rows) <= MAX_R or not all(len(row) in (4, 5) for row in rows):
+    if not 1 <= len(rows) <= MAX_R or not all(len(row) in (4, 5, 7) for row in rows):
         _fail(name, value, expected)
     for row in rows:
         for size in row[:4]:
             _check_int(name, size, 1, 2**31)
-        for identity in row[4:]:
+        for identity in row[4:5]:
             _check_int(name, identity, 0, 2)
+        for kind in row[5:]:
+            if not isinstance(kind, str):
+                _fail(name, kind, "the kind of a factor, such as 'dense'")
+            parse(kind)
     return tuple(tuple(row) for row in rows)

@@ -18,6 +18,7 @@ They are first-order only: differentiating a gradient again raises an error. `cs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from .shapes import flatten_shapes
 
 PATHS = ("auto", "merged", "factored")
 NO_MIXTURE = (None, None, None, ())
-Shapes = Sequence[Sequence[int]]
+Shapes = Sequence[Sequence[Any]]
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:

@@ -1,34 +1,100 @@
-"""Gates: the weight of each component of a mixture (MoKA, arXiv 2508.03527, its softmax over trained logits).
+"""Gates: the weight of each component, as a function of trained logits.
 
-A gate does not depend on the input, and every kind starts uniform, `1 / r` each. All of it is computed in
-fp32: at a usual learning rate the changes of a logit are lost in 16 bits.
+    softmax    exp(g_i/T) / sum_j exp(g_j/T)          positive, sums to 1 (MoKA, arXiv 2508.03527)
+    topk(j)    softmax over the j largest logits, 0 for the others
+    sigmoid    2 sigmoid(g_i) / r                     each between 0 and 2/r, whatever the others are
+    linear     g_i                                    any real number
+    matrix     sum_ij M_ij A_i kron B_j               all pairs of factors, which must have one shape (as in
+                                                      LoRA-XS, arXiv 2405.17604)
+    routed     softmax(R x / T)                       for each token its own; the factored path alone
+    none       1/r
+
+Logits are kept and computed in fp32: at a usual learning rate the changes of a logit are lost in 16 bits.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
+from .errors import StateError
 
-#: softmax: positive, sums to 1. linear: any real number. none: fixed at 1/r.
-GATES = ("softmax", "linear", "none")
+GATES = ("softmax", "topk(j)", "sigmoid", "linear", "matrix", "routed", "none")
+TOPK = re.compile(r"topk\(([1-9]\d{0,3})\)")
 
 
-def uniform_logit(kind: str, r: int) -> float:
-    """The value of every logit at which the gate is uniform."""
-    return 0.0 if kind == "softmax" else 1.0 / r
+def is_gate(kind: object) -> bool:
+    """Whether this names a gate."""
+    return isinstance(kind, str) and (
+        TOPK.fullmatch(kind) is not None or (kind in GATES and kind != GATES[1])
+    )
+
+
+def logit_shape(kind: str, r: int, in_features: int) -> tuple[int, ...] | None:
+    """The shape of the logits; None for a gate without."""
+    if kind == "none":
+        return None
+    return {"matrix": (r, r), "routed": (r, in_features)}.get(kind, (r,))
+
+
+@torch.no_grad()
+def reset_logits_(kind: str, logits: Tensor, zero: bool = False) -> None:
+    """Sets the logits to where the gate is uniform, or to zero."""
+    if kind == "matrix" and not zero:
+        logits.copy_(torch.eye(len(logits), device=logits.device) / len(logits))
+    else:
+        logits.fill_(1.0 / len(logits) if kind == "linear" and not zero else 0.0)
 
 
 def scaled_gate(
-    kind: str, logits: Tensor | None, scale: float, r: int, device: torch.device | None = None
+    kind: str,
+    logits: Tensor | None,
+    scale: float,
+    r: int,
+    temperature: float = 1.0,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """`scale` times the gate, `[r]` in fp32 (fp64 for fp64 logits), differentiable in `logits`."""
+    """`scale` times the gate, `[r]` in fp32 (fp64 for fp64 logits), differentiable in `logits`.
+
+    A gate matrix mixes the factors instead (`mix_factors`); what is left of it here is `scale`.
+
+    Raises:
+        StateError: the gate depends on the token.
+    """
     if logits is None:
         return torch.full((r,), scale / r, dtype=torch.float32, device=device)
-    return functional.softmax_gate(logits, scale) if kind == "softmax" else scale * at_least_fp32(logits)
+    logits = at_least_fp32(logits)
+    if kind == "routed":
+        raise StateError(
+            "gate 'routed' depends on the token, so there is no one update to merge, export or analyze"
+        )
+    if kind == "matrix":
+        return torch.full((r,), scale, dtype=logits.dtype, device=logits.device)
+    if kind == "linear":
+        return scale * logits
+    if kind == "sigmoid":
+        return torch.sigmoid(logits) * (2.0 * scale / r)
+    if topk := TOPK.fullmatch(kind):
+        values, chosen = logits.topk(min(int(topk[1]), r))
+        return torch.zeros_like(logits).scatter(
+            0, chosen, functional.softmax_gate(values / temperature, scale)
+        )
+    return functional.softmax_gate(logits if temperature == 1.0 else logits / temperature, scale)
+
+
+def mix_factors(matrix: Tensor, A: Tensor) -> Tensor:
+    """The left factors of `sum_j (sum_i M_ij A_i) kron B_j`, flat like A."""
+    return (at_least_fp32(matrix).mT @ A.view(len(matrix), -1)).flatten()
+
+
+def route(logits: Tensor, x: Tensor, scale: float, temperature: float) -> Tensor:
+    """`scale * softmax(R x / T)` for each token: R `[r, K]`, x `[..., K]` -> `[..., r]` in fp32 or more."""
+    logits = at_least_fp32(logits)
+    return scale * torch.softmax(nn.functional.linear(x.to(logits.dtype), logits) / temperature, dim=-1)
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import factors
+from .errors import ConfigError
+from .kpsvd import kpsvd
+from .nf4 import NF4Weight
 from .shapes import KronShape
 
-#: default: A random, B zero. swapped: A zero, B random.
-INITS = ("default", "swapped")
+#: default: A random, B zero. swapped: A zero, B random. svd: the leading components of the base weight.
+INITS = ("default", "swapped", "svd")
 
 
 @torch.no_grad()
 def init_factors_(A: Tensor, B: Tensor, shapes: Sequence[KronShape], kind: str = "default") -> None:
     """Fills flat factors in place: U(-b, b) with b = 1/sqrt(columns), as LoRA's first factor, and zeros.
 
-    A component with an identity factor stores one factor alone, which starts at zero.
+    Where one of a component's factors has no parameters (an identity, say), the other one starts at zero.
     """
-    A.zero_()
-    B.zero_()
     a = b = 0
     for shape in shapes:
-        if shape.identity == 0 and kind == "default":
-            bound = 1.0 / math.sqrt(shape.na)
-            A[a : a + shape.a_numel].uniform_(-bound, bound)
-        elif shape.identity == 0:
-            bound = 1.0 / math.sqrt(shape.nb)
-            B[b : b + shape.b_numel].uniform_(-bound, bound)
+        zero_a = kind == "swapped" if shape.b_numel else True
+        zero_b = not zero_a if shape.a_numel else True
+        factors.init_(A[a : a + shape.a_numel], shape.side("A"), zero_a)
+        factors.init_(B[b : b + shape.b_numel], shape.side("B"), zero_b)
         a, b = a + shape.a_numel, b + shape.b_numel
+
+
+@torch.no_grad()
+def init_svd_(A: Tensor, B: Tensor, shapes: Sequence[KronShape], weight: NF4Weight | Tensor) -> None:
+    """Fills flat factors with the leading Kronecker components of a weight `[N, K]`: `sum_i A_i kron B_i` is
+    the nearest such sum to it, and |B_i| = 1.
+
+    Raises:
+        ConfigError: the components differ in shape, or are not dense.
+    """
+    shape = shapes[0]
+    if set(shapes) != {shape} or (shape.identity, shape.a, shape.b) != (0, "dense", "dense"):
+        raise ConfigError(
+            f"init='svd': got the components {[str(s) for s in shapes[:10]]}, expected dense ones "
+            f"of one shape (shapes='lora' or 'even')"
+        )
+    left, right, sigma = kpsvd(weight, *shape[:4], len(shapes))
+    A.copy_((left * sigma[:, None, None]).flatten())
+    B.copy_(right.flatten())

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ from . import nf4
 from .bases import is_linear4bit
 from .config import MokaConfig
 from .errors import ConfigError, StateError
-from .layers import MokaLinear, TrainedCopy
+from .layers import MokaLinear
 from .targets import find_modules_to_save, find_targets
+from .trained_copy import TrainedCopy
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 #: Wrappers that take over a model's parameters or forward: adapters go in before them.
@@ -40,7 +41,9 @@ class BaseState:
     input_grads: bool = False  # the embeddings were made to require gradients
 
 
-def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") -> nn.Module:
+def inject(
+    model: nn.Module, config: MokaConfig, adapter_name: str = "default", initialize: bool = True
+) -> nn.Module:
     """Adapts the layers that `config` selects, in place; the base is frozen and the output stays as it was.
 
     It stays to the bit for `nn.Linear` and `NF4Linear`. An adapted `Linear4bit` runs on moka's kernels, which
@@ -52,6 +55,8 @@ def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") 
         model: any module with `nn.Linear`, bitsandbytes `Linear4bit` or `moka.layers.NF4Linear` layers.
         config: what to adapt and how.
         adapter_name: letters, digits, `_` and `-`, at most 64.
+        initialize: False spares a start that is computed from the base weights, for an adapter that is about
+            to be loaded.
 
     Returns:
         The same model.
@@ -93,7 +98,8 @@ def inject(model: nn.Module, config: MokaConfig, adapter_name: str = "default") 
         undo.callback(set_adapter, model, active_adapters(model))
         for layer, target in zip(layers, targets, strict=True):
             undo.callback(layer.delete_adapter, adapter_name)
-            layer.add_adapter(adapter_name, config, target.shapes)
+            layer.add_adapter(adapter_name, config, target.shapes, initialize)
+        tie(layers, adapter_name)
         for copy in trained:
             undo.callback(copy.delete_adapter, adapter_name)
             copy.add_adapter(adapter_name)
@@ -194,6 +200,20 @@ def eject(model: nn.Module) -> nn.Module:
     _replace(model, bases)
     _restore_base(model)
     return model
+
+
+def tie(layers: Iterable[MokaLinear], name: str) -> None:
+    """Lets the layers whose components agree share one parameter for the factors that `MokaConfig.tie` names.
+
+    They share it under every operation on modules that keeps parameters, such as `model.to`.
+    """
+    shared: dict[tuple, nn.Parameter] = {}
+    for layer in layers:
+        side = layer.configs[name].tie
+        if side is not None:
+            table = layer.moka_A if side == "A" else layer.moka_B
+            key = tuple(shape.side(side) for shape in layer.shapes[name])
+            table[name] = shared.setdefault((*key, table[name].device), table[name])
 
 
 def _wrappers(model: nn.Module) -> list[MokaLinear | TrainedCopy]:

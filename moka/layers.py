@@ -7,7 +7,6 @@ Parameters are keyed by adapter name, as in peft's tuner layers, so that one lay
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,19 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import bases, functional, reference
+from . import bases, branches, functional, gates, reference
 from .bases import NF4Linear
-from .config import MokaConfig
+from .config import PARTS, MokaConfig
 from .errors import ConfigError, StateError
-from .gates import GateDict, at_least_fp32, scaled_gate, uniform_logit
-from .init import init_factors_
+from .factors import expand
+from .gates import GateDict, at_least_fp32
+from .init import init_factors_, init_svd_
 from .nf4 import NF4Weight
 from .shapes import KronShape, flatten_shapes
 
 if TYPE_CHECKING:
     from .mixed import Rows
 
-__all__ = ["MergedBase", "MokaLinear", "NF4Linear", "TrainedCopy", "delta_weight"]
+__all__ = ["MergedBase", "MokaLinear", "NF4Linear", "delta_weight"]
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,17 @@ class MokaLinear(nn.Module):
             views.
         moka_gate: adapter name -> gate logits `[r]` fp32; no entry for gate="none".
         shapes, configs, scaling: adapter name -> component shapes, configuration, scale.
+        forms: adapter name -> how its factors become dense, and what the operators take.
         active_adapters: the adapters that take part in `forward`, added up.
         merged_adapters: those whose update is in the base weight already; they are left out of `forward`.
         merged_base: what `moka.unmerge` puts back; None unless merged.
         disable_adapters: `forward` calls the base layer alone.
+        routing: what a routed gate gave each token in the last training step, for `moka.routing_loss`.
         rows: which row of the batch goes through which adapter, within `moka.mixed_batch`.
     """
 
     adapter_layer_names = ("moka_A", "moka_B", "moka_gate")
-    other_param_names = ("shapes", "configs", "scaling")
+    other_param_names = ("shapes", "configs", "scaling", "forms")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -73,6 +75,8 @@ class MokaLinear(nn.Module):
         self.shapes: dict[str, tuple[KronShape, ...]] = {}
         self.configs: dict[str, MokaConfig] = {}
         self.scaling: dict[str, float] = {}
+        self.forms: dict[str, branches.Form] = {}
+        self.routing: Tensor | None = None
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.merged_base: MergedBase | None = None
@@ -80,7 +84,9 @@ class MokaLinear(nn.Module):
         self.rows: Rows | None = None
         self.train(base_layer.training)
 
-    def add_adapter(self, name: str, config: MokaConfig, shapes: Sequence[KronShape]) -> None:
+    def add_adapter(
+        self, name: str, config: MokaConfig, shapes: Sequence[KronShape], initialize: bool = True
+    ) -> None:
         """Adds an adapter on the base weight's device, initialized to a zero update; it is not active yet.
 
         Raises:
@@ -93,19 +99,30 @@ class MokaLinear(nn.Module):
         self.moka_A[name], self.moka_B[name] = (
             nn.Parameter(torch.empty(size, dtype=dtype, device=device)) for size in sizes
         )
-        if config.gate != "none":
-            self.moka_gate[name] = nn.Parameter(torch.empty(len(shapes), device=device, dtype=torch.float32))
+        logits = gates.logit_shape(config.gate, len(shapes), self.in_features)
+        if logits is not None:
+            self.moka_gate[name] = nn.Parameter(torch.empty(logits, device=device, dtype=torch.float32))
         self.shapes[name], self.configs[name] = tuple(shapes), config
-        self.scaling[name] = float(len(shapes)) if config.scale is None else config.scale
-        self.reset_adapter(name)
+        self.scaling[name] = config.scale_for(len(shapes))
+        self.forms[name] = branches.form_of(shapes)
+        self.reset_adapter(name, from_base=initialize)
 
     @torch.no_grad()
-    def reset_adapter(self, name: str) -> None:
-        """Sets an adapter to its initial values, a zero update; needed after `to_empty` on a meta model."""
+    def reset_adapter(self, name: str, from_base: bool = True) -> None:
+        """Sets an adapter to its initial values, a zero update; needed after `to_empty` on a meta model.
+
+        Args:
+            name: which adapter.
+            from_base: compute what the configuration takes from the base weight.
+        """
         config, shapes = self.configs[name], self.shapes[name]
-        init_factors_(self.moka_A[name], self.moka_B[name], shapes, config.init)
+        A, B = self.moka_A[name], self.moka_B[name]
+        if config.init == "svd" and from_base and not A.is_meta:
+            init_svd_(A, B, shapes, self.base_weight())
+        else:
+            init_factors_(A, B, shapes, config.init)
         if name in self.moka_gate:
-            self.moka_gate[name].fill_(uniform_logit(config.gate, len(shapes)))
+            gates.reset_logits_(config.gate, self.moka_gate[name], zero=config.init == "svd")
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter.
@@ -131,9 +148,18 @@ class MokaLinear(nn.Module):
             if name not in active:
                 raise StateError(f"adapter {name!r} is merged into the base weight; unmerge it first")
         self.active_adapters = active
-        for table in (self.moka_A, self.moka_B, self.moka_gate):
+        self.freeze(active)
+
+    def freeze(self, trainable: Sequence[str]) -> None:
+        """Makes what these adapters train trainable (`MokaConfig.train`), and nothing else."""
+        for part, table in zip(PARTS, self._tables(), strict=True):
             for name, parameter in table.items():
-                parameter.requires_grad_(name in active)
+                trained = name in trainable and part in self.configs[name].train
+                # DistributedDataParallel waits for the gradient of every trainable parameter
+                parameter.requires_grad_(trained and parameter.numel() > 0)
+
+    def _tables(self) -> tuple[nn.ParameterDict, ...]:
+        return self.moka_A, self.moka_B, self.moka_gate
 
     def used_adapters(self) -> list[str]:
         """The active adapters that this layer has."""
@@ -151,12 +177,10 @@ class MokaLinear(nn.Module):
         base = self.base_layer
         dtype = bases.compute_dtype(base, x)
         inputs = x if dtype == x.dtype else x.to(dtype)
-        if self.training and any(self.configs[name].dropout for name in names):
-            # the mixture then sees another input than the base: factored, one adapter at a time
+        if any(self._apart(name, x) for name in names):
             y = base(x)
             for name in names:
-                dropped = nn.functional.dropout(inputs, self.configs[name].dropout)
-                y = y + functional.kron_mixture(dropped, *self.mixture([name], gate_dropout=True)).to(y.dtype)
+                y = y + self.update(inputs, name).to(y.dtype)
             return y
         *factors, shapes = self.mixture(names, gate_dropout=self.training)
         if factors[0].is_meta and not x.is_meta:
@@ -170,6 +194,29 @@ class MokaLinear(nn.Module):
         mixture = (*factors, flatten_shapes(shapes))
         y = functional.linear(inputs, bases.op_args(base), bias, mixture, self.configs[names[0]].path)
         return y if y.dtype == x.dtype or not bases.is_linear4bit(base) else y.to(x.dtype)
+
+    def _apart(self, name: str, x: Tensor) -> bool:
+        """Whether an adapter runs beside the base, not in one operation with it."""
+        config = self.configs[name]
+        if config.gate == "routed" or (self.training and config.dropout):  # the mixture sees another input
+            return True
+        low_rank = self.forms[name].low_rank and config.path != "merged"
+        return low_rank and (config.path == "factored" or not x.is_cuda)
+
+    def update(self, x: Tensor, name: str) -> Tensor:
+        """What one adapter adds to the output for x `[..., K]`: activations run through its factors."""
+        config, form = self.configs[name], self.forms[name]
+        if self.training and config.dropout:
+            x = nn.functional.dropout(x, config.dropout)
+        if config.gate == "routed":
+            routing = gates.route(self.moka_gate[name], x, self.scaling[name], config.gate_temperature)
+            if self.training:
+                self.routing = routing / self.scaling[name]
+            return branches.routed(x, *self._dense(name), routing, form)
+        if form.low_rank:
+            B, alpha = at_least_fp32(self.moka_B[name]), self._train_alpha(name)
+            return branches.low_rank(x, self._left(name), B, alpha, form)
+        return functional.kron_mixture(x, *self.mixture([name], gate_dropout=self.training))
 
     def _mixed_forward(self, x: Tensor, rows: Rows) -> Tensor:
         """The base for all rows at once, then to each row the mixture of its own adapter."""
@@ -197,28 +244,50 @@ class MokaLinear(nn.Module):
         self, names: Sequence[str], gate_dropout: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, tuple[KronShape, ...]]:
         """(A, B, alpha, shapes) of several adapters as one mixture, as the operators take it."""
-        parts = []
-        for name in names:
-            alpha = self.alpha(name)
-            if gate_dropout and self.configs[name].gate_dropout:
-                alpha = nn.functional.dropout(alpha, self.configs[name].gate_dropout)
-            # the operators read fp32 factors beside any activations, and 64-bit ones for exact gradients
-            parts.append((at_least_fp32(self.moka_A[name]), at_least_fp32(self.moka_B[name]), alpha))
+        parts = [
+            (*self._dense(name), self._train_alpha(name) if gate_dropout else self.alpha(name))
+            for name in names
+        ]
         if len(names) == 1:
-            return *parts[0], self.shapes[names[0]]
+            return *parts[0], self.forms[names[0]].shapes
         A, B, alpha = (torch.cat(part) for part in zip(*parts, strict=True))
-        return A, B, alpha, tuple(shape for name in names for shape in self.shapes[name])
+        return A, B, alpha, tuple(shape for name in names for shape in self.forms[name].shapes)
+
+    def _dense(self, name: str) -> tuple[Tensor, Tensor]:
+        """The dense factors, flat; the operators read fp32 beside any activations, and fp64."""
+        return self._left(name), expand(at_least_fp32(self.moka_B[name]), self.forms[name].b)
+
+    def _left(self, name: str) -> Tensor:
+        A = expand(at_least_fp32(self.moka_A[name]), self.forms[name].a)
+        return gates.mix_factors(self.moka_gate[name], A) if self.configs[name].gate == "matrix" else A
 
     def alpha(self, name: str) -> Tensor:
-        """scale * gate, `[r]` fp32: what multiplies each component."""
-        kind = self.configs[name].gate
-        logits = None if kind == "none" else self.moka_gate[name]
+        """scale * gate, `[r]` fp32: what multiplies each component.
+
+        Raises:
+            StateError: the gate is routed, so that it depends on the token.
+        """
+        config = self.configs[name]
+        logits = None if config.gate == "none" else self.moka_gate[name]
         device = self.moka_A[name].device if logits is None else None
-        return scaled_gate(kind, logits, self.scaling[name], len(self.shapes[name]), device)
+        r = len(self.shapes[name])
+        return gates.scaled_gate(config.gate, logits, self.scaling[name], r, config.gate_temperature, device)
+
+    def _train_alpha(self, name: str) -> Tensor:
+        """`alpha` in a training step: without the components that a random number or `gate_dropout` leaves
+        out."""
+        alpha, config = self.alpha(name), self.configs[name]
+        if not self.training:
+            return alpha
+        if config.nested:
+            kept = torch.randint(1, len(alpha) + 1, (), device=alpha.device)
+            alpha = alpha * (torch.arange(len(alpha), device=alpha.device) < kept)
+        return nn.functional.dropout(alpha, config.gate_dropout) if config.gate_dropout else alpha
 
     def factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """`(A_i [ma, na], B_i [mb, nb])` of each component: views of the parameters, identities explicit."""
-        return reference.split_factors(self.moka_A[name], self.moka_B[name], self.shapes[name])
+        """`(A_i [ma, na], B_i [mb, nb])` of each component: dense, identities explicit; views of parameters
+        that are fp32 and hold the entries."""
+        return reference.split_factors(*self._dense(name), self.forms[name].shapes)
 
     @torch.no_grad()
     def delta_weight(self, name: str | None = None) -> Tensor:
@@ -257,65 +326,6 @@ class MokaLinear(nn.Module):
         """Active adapters and their sizes."""
         active = ", ".join(f"{n} (r={len(self.shapes[n])})" for n in self.used_adapters())
         return f"active: {active or 'none'}"
-
-
-class TrainedCopy(nn.Module):
-    """A module trained in full beside its frozen original (`modules_to_save`); named as in peft's wrapper.
-
-    Attributes:
-        original_module: the frozen module, used when adapters are disabled.
-        modules_to_save: adapter name -> trained copy.
-        active_adapters: the first of them that has a copy here is the one in use.
-    """
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.original_module = original
-        self.modules_to_save = nn.ModuleDict()
-        self.active_adapters: list[str] = []
-        self.disable_adapters = False
-        self.train(original.training)
-
-    def add_adapter(self, name: str) -> None:
-        """Copies the original; the copy is trainable once active."""
-        if name in self.modules_to_save:
-            raise StateError(f"adapter {name!r} exists already; choose another name or eject it first")
-        self.modules_to_save[name] = copy.deepcopy(self.original_module).requires_grad_(True)
-
-    def delete_adapter(self, name: str) -> None:
-        """Removes an adapter's copy."""
-        del self.modules_to_save[name]
-        self.active_adapters = [n for n in self.active_adapters if n != name]
-
-    def set_adapter(self, names: Sequence[str]) -> None:
-        """Uses the copy of the one named adapter that has one here.
-
-        Raises:
-            ConfigError: several of the adapters have a copy; they cannot be added up.
-        """
-        active = [name for name in names if name in self.modules_to_save]
-        if len(active) > 1:
-            raise ConfigError(
-                f"modules_to_save: adapters {active} each train this module; activate one of them"
-            )
-        self.active_adapters = active
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in active)
-
-    def current(self) -> nn.Module:
-        """The module in use."""
-        if self.disable_adapters or not self.active_adapters:
-            return self.original_module
-        return self.modules_to_save[self.active_adapters[0]]
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight in use, for model code that reads it."""
-        return self.current().weight  # pyright: ignore[reportReturnType]
-
-    def forward(self, *args, **kwargs):
-        """Calls the module in use."""
-        return self.current()(*args, **kwargs)
 
 
 def delta_weight(layer: MokaLinear, adapter_name: str | None = None) -> Tensor:

@@ -12,16 +12,28 @@ from torch import Tensor, nn
 from .bases import weight_of
 from .config import MokaConfig
 from .errors import CheckpointMismatchError, ConfigError, StateError
-from .layers import MokaLinear, TrainedCopy
+from .gates import logit_shape
+from .layers import MokaLinear
 from .manifest import Manifest
 from .nf4 import NF4Weight
 from .safefile import TensorEntry
 from .targets import Target, find_modules_to_save, walk
+from .trained_copy import TrainedCopy
 
 PREFIX = "base_model.model."  # as in peft's files
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 #: What an existing adapter must share with a file; the other fields may change between training runs.
-SHAPING = ("r", "shapes", "gate", "scale", "r_pattern", "modules_to_save", "adapter_dtype")
+SHAPING = (
+    "r",
+    "shapes",
+    "gate",
+    "gate_temperature",
+    "scale",
+    "tie",
+    "r_pattern",
+    "modules_to_save",
+    "adapter_dtype",
+)
 FACTORS = (".moka_A", ".moka_B")  # how the names of factors end
 MAX_NAMES = 10
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -39,8 +51,9 @@ def expected_tensors(model: nn.Module, config: MokaConfig, targets: list[Target]
         prefix = f"{PREFIX}{target.path}."
         layout[prefix + "moka_A"] = (sum(s.a_numel for s in target.shapes),), dtype
         layout[prefix + "moka_B"] = (sum(s.b_numel for s in target.shapes),), dtype
-        if config.gate != "none":
-            layout[prefix + "moka_gate"] = (len(target.shapes),), torch.float32
+        logits = logit_shape(config.gate, len(target.shapes), target.in_features)
+        if logits is not None:
+            layout[prefix + "moka_gate"] = logits, torch.float32
     for path, module in _modules_to_save(model, config, targets):
         original = module.original_module if isinstance(module, TrainedCopy) else module
         for name, tensor in original.state_dict().items():
@@ -162,6 +175,23 @@ def check_tensors(where: str, found: dict[str, TensorEntry], layout: Layout) -> 
             f"{where}: does not fit this model; tensors {'; '.join(parts)}. "
             f"Load it into the model it was trained on"
         )
+
+
+def check_tied(where: str, tensors: dict[str, Tensor], config: MokaConfig, targets: list[Target]) -> None:
+    """Factors that layers share (`MokaConfig.tie`) are stored with each of them.
+
+    Raises:
+        CheckpointMismatchError: they differ.
+    """
+    first: dict[tuple, Tensor] = {}
+    for target in targets if config.tie else ():
+        name = f"{PREFIX}{target.path}.moka_{config.tie}"
+        key = tuple(shape.side(config.tie) for shape in target.shapes)  # pyright: ignore[reportArgumentType]
+        if name in tensors and not torch.equal(first.setdefault(key, tensors[name]), tensors[name]):
+            raise CheckpointMismatchError(
+                f"{where}: {name} differs from that of another layer, but the configuration has "
+                f"tie={config.tie!r}; was the adapter trained after a copy that untied it?"
+            )
 
 
 def check_shapes(where: str, manifest: Manifest, targets: list[Target]) -> None:

@@ -60,7 +60,7 @@ class Manifest:
         body = {
             "config": self.config.to_dict(),
             "base": self.base,
-            "shapes": kinds,
+            "shapes": [[shape.fields for shape in kind] for kind in kinds],
             "layers": {path: kinds.index(shapes) for path, shapes in self.shapes.items()},
             "checksums": self.checksums,
             "adapter_config": self.adapter_config,
@@ -199,7 +199,9 @@ def _is_literal(patterns: Mapping[str, Any]) -> bool:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 5 and all(type(size) is int for size in value)
+    if not isinstance(value, list) or len(value) not in (5, 7):
+        return False
+    return all(type(size) is int for size in value[:5]) and all(type(kind) is str for kind in value[5:])
 
 
 def _list(value: Any) -> list:

@@ -85,7 +85,7 @@ class NF4Weight:
     def dequantize(
         self,
         dtype: torch.dtype | None = None,
-        mixture: tuple[Tensor, Tensor, Tensor, Sequence[Sequence[int]]] | None = None,
+        mixture: tuple[Tensor, Tensor, Tensor, Sequence[Sequence[Any]]] | None = None,
     ) -> Tensor:
         """The dense matrix `[N, K]`, bit-equal to bitsandbytes; `mixture = (A, B, alpha, shapes)` is added.
 

@@ -7,6 +7,7 @@ left out); activation memory is an estimate, whose rule is at `_activation_bytes
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from .bases import NF4Linear, is_linear4bit
 from .config import MokaConfig
 from .errors import ConfigError
+from .gates import logit_shape
 from .layers import MokaLinear
 from .nf4 import BLOCKSIZE2
 from .quantize import layers_to_quantize
@@ -126,9 +128,9 @@ def plan(
         raise ConfigError(f"optimizer: got {optimizer!r}, expected one of {tuple(OPTIMIZER_BYTES)}")
     model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
     targets = find_targets(model, config)
-    gate = 0 if config.gate == "none" else 1
     factors = sum(shape.a_numel + shape.b_numel for target in targets for shape in target.shapes)
-    gates = gate * sum(len(target.shapes) for target in targets)
+    logits = (logit_shape(config.gate, len(target.shapes), target.in_features) for target in targets)
+    gates = sum(math.prod(shape) for shape in logits if shape is not None)
     linears = {
         path: _sizes(m) for path, m in walk(model) if isinstance(m, (MokaLinear, NF4Linear, nn.Linear))
     }

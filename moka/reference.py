@@ -7,6 +7,7 @@ MoKA, arXiv 2508.03527 (the mixture); QLoRA, arXiv 2305.14314 (NF4 and double qu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ NF4_CODE = (
 # fmt: on
 
 
-def split_factors(A: Tensor, B: Tensor, shapes: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+def split_factors(A: Tensor, B: Tensor, shapes: Sequence[Sequence[Any]]) -> list[tuple[Tensor, Tensor]]:
     """The factors `(A_i [ma, na], B_i [mb, nb])`, views of flat `A` and `B`; identities are made explicit."""
     factors, a, b = [], 0, 0
     for shape in (KronShape(*s) for s in shapes):
@@ -40,13 +41,13 @@ def split_factors(A: Tensor, B: Tensor, shapes: Sequence[Sequence[int]]) -> list
     return factors
 
 
-def kron_dense(A: Tensor, B: Tensor, alpha: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
+def kron_dense(A: Tensor, B: Tensor, alpha: Tensor, shapes: Sequence[Sequence[Any]]) -> Tensor:
     """The dense update `sum_i alpha_i (A_i kron B_i)`, `[N, K]`: for analysis and tests only."""
     terms = [torch.kron(A_i, B_i) * alpha[i] for i, (A_i, B_i) in enumerate(split_factors(A, B, shapes))]
     return torch.stack(terms).sum(0)
 
 
-def kron_mixture(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
+def kron_mixture(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Sequence[Sequence[Any]]) -> Tensor:
     """`y = sum_i alpha_i (A_i kron B_i) x`, `[..., K]` -> `[..., N]`: `(A kron B) vec(X) = vec(A X B^T)`."""
     y = 0
     for i, (A_i, B_i) in enumerate(split_factors(A, B, shapes)):
@@ -56,7 +57,7 @@ def kron_mixture(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, shapes: Sequenc
 
 
 def nf4_dequantize(
-    packed: Tensor, absmax: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    packed: Tensor, absmax: Tensor, blocksize: int, shape: Sequence[Any], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`w[e] = code[nibble e] * absmax[e // blocksize]`, rounded from fp32 to `dtype`; high nibble first."""
     numel = int(torch.Size(shape).numel())

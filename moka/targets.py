@@ -12,9 +12,10 @@ from torch import nn
 
 from .bases import NF4Linear, base_kind, is_linear4bit
 from .config import MokaConfig, pattern_matches
-from .errors import InjectionError
+from .errors import ConfigError, InjectionError
 from .layers import MokaLinear
-from .shapes import KronShape, plan_shapes
+from .rules import plan_shapes
+from .shapes import KronShape
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Target:
     aliases: tuple[str, ...]
     module: nn.Module
     shapes: tuple[KronShape, ...]
+
+    @property
+    def in_features(self) -> int:
+        """K of the layer."""
+        return self.shapes[0].na * self.shapes[0].nb
 
 
 def find_targets(model: nn.Module, config: MokaConfig) -> list[Target]:
@@ -65,6 +71,11 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[Target]:
             )
         sizes = int(base.out_features), int(base.in_features)  # pyright: ignore[reportArgumentType]
         shapes = plan_shapes(*sizes, config.r_for(path), config.shapes_for(path), config.strict, path)
+        if config.gate == "matrix" and len({shape.expanded for shape in shapes}) > 1:
+            raise ConfigError(
+                f"{path}: gate='matrix' pairs every left factor with every right one, so all components need "
+                f"one shape (shapes='even' or 'lora'), got {[str(s) for s in shapes[:10]]}"
+            )
         aliases = tuple(p for p, m in modules.items() if m is module and p != path)
         targets[module] = Target(path, aliases, module, shapes)
     used = [target.path for target in targets.values()]

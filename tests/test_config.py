@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from moka import MokaConfig
 from moka.config import FORMAT_VERSION
 from moka.errors import ConfigError
-from moka.shapes import KronShape, divisors, is_prime, plan_shapes
+from moka.rules import plan_shapes
+from moka.shapes import KronShape, divisors, is_prime
 
 
 def test_defaults_are_the_papers():
@@ -39,11 +40,11 @@ def test_defaults_are_the_papers():
         ("shapes", [(1, 2, 3, 0)], "an integer from 1"),
         ("shapes", {"q_proj": "square"}, "one of"),
         ("shapes", {"(": "balanced"}, "regular expression"),
-        ("gate", "sigmoid", "one of ('softmax', 'linear', 'none')"),
+        ("gate", "relu", "one of ('softmax', 'topk(j)'"),
         ("scale", 0.0, "a number above 0"),
         ("scale", math.inf, "a finite number"),
         ("scale", "2", "a finite number"),
-        ("init", "ones", "one of ('default', 'swapped')"),
+        ("init", "ones", "one of ('default', 'swapped', 'svd')"),
         ("dropout", 1.0, "below 1"),
         ("dropout", -0.1, "at least 0"),
         ("dropout", math.nan, "a finite number"),

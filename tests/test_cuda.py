@@ -7,7 +7,7 @@ from test_nf4 import Layer
 
 from helpers import assert_close_by_rule, integers, roundings, shifted
 from moka import nf4, reference
-from moka.shapes import plan_shapes
+from moka.rules import plan_shapes
 
 pytestmark = pytest.mark.cuda
 ops = torch.ops.moka

@@ -8,7 +8,7 @@ from test_kron import Mixture
 
 from helpers import assert_close_by_rule, shifted
 from moka import nf4
-from moka.shapes import plan_shapes
+from moka.rules import plan_shapes
 
 pytestmark = pytest.mark.cuda
 ops = torch.ops.moka

@@ -10,7 +10,8 @@ from torch import nn
 import moka
 from moka import MokaConfig
 from moka.errors import ConfigError, InjectionError, StateError
-from moka.layers import MokaLinear, NF4Linear, TrainedCopy
+from moka.layers import MokaLinear, NF4Linear
+from moka.trained_copy import TrainedCopy
 
 
 class Block(nn.Module):

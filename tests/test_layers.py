@@ -16,7 +16,7 @@ from moka.bases import NF4Linear
 from moka.errors import ConfigError, StateError
 from moka.layers import MokaLinear
 from moka.reference import kron_dense, kron_mixture
-from moka.shapes import plan_shapes
+from moka.rules import plan_shapes
 
 N, K = 32, 64
 KINDS = ("linear", "nf4", "nf4_double", "bitsandbytes")

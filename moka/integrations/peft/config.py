@@ -8,10 +8,10 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from ...config import FORMAT_VERSION
+from ...config import FORMAT_VERSION, PARTS
 from ...config import MokaConfig as CoreConfig
 from ...errors import ConfigError
-from ...manifest import from_peft
+from ...manifest import FIELDS, from_peft
 
 
 class _MokaType(str):
@@ -61,8 +61,12 @@ class MokaConfig(PeftConfig):
     r: int = 10
     shapes: Any = "balanced"
     gate: str = "softmax"
-    scale: float | None = None
+    gate_temperature: float = 1.0
+    scale: float | str | None = None
     init: str = "default"
+    train: list[str] | tuple[str, ...] = PARTS
+    tie: str | None = None
+    nested: bool = False
     dropout: float = 0.0
     gate_dropout: float = 0.0
     path: str = "auto"
@@ -101,6 +105,20 @@ class MokaConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             self.target_modules = "all-linear"
         self.to_moka()
+
+    @classmethod
+    def from_moka(cls, config: CoreConfig, **fields: Any) -> MokaConfig:
+        """The same configuration for peft, such as one of `moka.preset`.
+
+        Args:
+            config: of moka.
+            fields: peft's own.
+
+        Example:
+            >>> MokaConfig.from_moka(moka.preset("gralora", r=32), task_type="CAUSAL_LM").gate
+            'none'
+        """
+        return cls(**{name: getattr(config, name) for name in FIELDS}, **fields)
 
     def to_moka(self) -> CoreConfig:
         """The same configuration for `moka.inject`.

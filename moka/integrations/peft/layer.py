@@ -45,7 +45,16 @@ class MokaPeftLinear(MokaLinear, BaseTunerLayer):  # peft looks for "Linear" in 
     def disable_adapters(self, value: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._disable_adapters = value
 
-    set_adapter = BaseTunerLayer.set_adapter  # pyright: ignore
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:  # pyright: ignore
+        """Makes adapters active, and what they train trainable."""
+        BaseTunerLayer.set_adapter(self, adapter_names, inference_mode)
+        self.freeze([] if inference_mode else self.active_adapters)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        """peft calls this wherever it has made all parameters of its layers trainable."""
+        self.freeze(
+            [name for name in self.configs if any(t[name].requires_grad for t in self._tables() if name in t)]
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Removes an adapter; another one becomes active if it was.

@@ -15,11 +15,11 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from ...errors import CheckpointMismatchError, ConfigError, StateError
-from ...inject import adapter_layers, check_adapter_name, check_linear4bit, stop_repacking
+from ...inject import adapter_layers, check_adapter_name, check_linear4bit, stop_repacking, tie
 from ...merge import merge_layers, unmerge
 from ...mixed import Rows, mixed_batch
 from ...quantize import dequantize
-from ...shapes import plan_shapes
+from ...rules import plan_shapes
 from ...targets import find_modules_to_save, find_targets, matches, walk
 from ...weighted import combination_config, combine_
 from .config import MokaConfig
@@ -48,6 +48,8 @@ class MokaModel(BaseTuner):
         """
         check_adapter_name(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        adapted = [layer for layer in adapter_layers(model).values() if adapter_name in layer.configs]
+        tie(adapted, adapter_name)
 
     def _prepare_adapter_config(self, peft_config: MokaConfig, model_config: dict) -> MokaConfig:  # pyright: ignore
         peft_config = super()._prepare_adapter_config(peft_config, model_config)  # pyright: ignore

@@ -1,0 +1,320 @@
+"""The published siblings: every preset through the same injection, kernels, files, merging and peft."""
+
+import dataclasses
+import json
+
+import peft
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+
+import moka
+from moka.errors import CheckpointMismatchError, ConfigError, MokaError, StateError
+from moka.inject import adapter_layers
+from moka.integrations.peft import MokaConfig as PeftMokaConfig
+from moka.presets import PRESETS
+
+N, K = 32, 48
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers deprecates
+SMALL = {
+    "gralora": {"r": 8}, "melora": {"rank": 3}, "melora-shared": {"rank": 3}, "bone": {"r": 4},
+    "c3a": {"block": 4}, "kron-lora": {"size": 4, "rank": 2}, "lokr": {"rank": 2},
+    "mora": {"rank": 1}, "kron-vera": {"r": 6}, "moka": {"r": 4}, "moka-s": {"r": 3}, "soka": {"r": 3}, "dota": {"r": 3}, "lora": {"r": 3},
+    "rslora": {"r": 3}, "lora-xs": {"r": 3}, "moka-xs": {"r": 3}, "qa-moka": {"r": 3, "group": 4},
+}  # fmt: skip
+ALL = pytest.mark.parametrize("name", list(PRESETS))
+
+
+def config(name: str, **fields) -> moka.MokaConfig:
+    return moka.preset(name, **{**SMALL.get(name, {}), **fields})
+
+
+def randomize(model: nn.Module) -> None:
+    """Gives every trained parameter a value, so that the update is not zero."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+
+
+def adapted(name: str, dtype: torch.dtype = torch.float32, **fields) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, K)).to(dtype)
+    moka.inject(model, config(name, target_modules=["0"], **fields))
+    return model
+
+
+@ALL
+def test_a_new_adapter_changes_nothing_and_every_parameter_can_learn(name):
+    model = adapted(name)
+    x = torch.randn(5, K)
+    layer = adapter_layers(model)["0"]
+    torch.testing.assert_close(model(x), model[1](layer.base_layer(x)))
+    randomize(model)
+    model(x).square().sum().backward()
+    trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    assert trained
+    for path, parameter in trained.items():
+        alone = "gate" in path and len(layer.shapes["default"]) == 1
+        assert parameter.grad is not None and (parameter.grad.any() or alone or not parameter.numel()), path
+
+
+@ALL
+@pytest.mark.parametrize("path", ["auto", "merged", "factored"])
+def test_output_is_that_of_the_dense_update(name, path):
+    model = adapted(name, path=path)
+    randomize(model)
+    layer = adapter_layers(model)["0"]
+    x = torch.randn(300, K)
+    delta = layer.delta_weight("default").detach().double()
+    expected = x.double() @ (layer.base_layer.weight.double() + delta).T + layer.base_layer.bias.double()
+    expected = expected.detach()
+    torch.testing.assert_close(
+        layer(x).double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+    )
+    terms = zip(layer.alpha("default").detach(), layer.factors("default"), strict=True)
+    torch.testing.assert_close(
+        delta, sum(a.double() * torch.kron(A, B).double() for a, (A, B) in terms), rtol=1e-5, atol=1e-6
+    )
+
+
+@ALL
+def test_gradients_through_the_layer(name):
+    model = adapted(name, torch.float64)
+    layer = adapter_layers(model)["0"]
+    randomize(model)
+    for table in (layer.moka_A, layer.moka_B, layer.moka_gate):
+        for key, parameter in table.items():
+            table[key] = nn.Parameter(parameter.detach().double(), requires_grad=parameter.requires_grad)
+    names = [n for n, p in layer.named_parameters() if p.requires_grad and p.numel()]
+    x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    values = [layer.get_parameter(n) for n in names]
+    assert torch.autograd.gradcheck(run, (x, *values), nondet_tol=1e-9, fast_mode=True)
+
+
+@ALL
+def test_files_merging_and_removal(name, tmp_path):
+    model = tiny_model()
+    moka.inject(model, config(name, target_modules=["q_proj", "v_proj"]))
+    randomize(model)
+    model.eval()
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        before = model(ids).logits
+        moka.save_adapter(model, tmp_path)
+        again = moka.load_adapter(tiny_model(), tmp_path).eval()
+        assert torch.equal(again(ids).logits, before)
+        assert again.moka_config["default"] == model.moka_config["default"]
+        moka.merge(model)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+        moka.unmerge(model)
+        assert torch.equal(model(ids).logits, before)
+        moka.eject(again)
+        assert torch.equal(again(ids).logits, tiny_model().eval()(ids).logits)
+    bytes_before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    moka.save_adapter(moka.load_adapter(tiny_model(), tmp_path), tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == bytes_before
+
+
+@ALL
+def test_peft(name, tmp_path):
+    own = config(name, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(tiny_model(), PeftMokaConfig.from_moka(own, task_type="CAUSAL_LM"))
+    same = moka.inject(tiny_model(), own)
+    trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (model, same)]
+    assert trained[0] == trained[1]
+    randomize(model)
+    model.eval()
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path)
+        torch.testing.assert_close(again(ids).logits, before)
+        with pytest.warns(UserWarning, match="checksum"):
+            moka.load_adapter(same, tmp_path, adapter_name="other")
+        moka.set_adapter(same, "other")
+        torch.testing.assert_close(same.eval()(ids).logits, before)
+        torch.testing.assert_close(model.merge_and_unload()(ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@ALL
+def test_a_step_of_training_lowers_the_loss(name):
+    model = tiny_model()
+    moka.inject(model, config(name, target_modules="all-linear"))
+    optimizer = torch.optim.Adam(moka.param_groups(model, 1e-3, rates="equal"))
+    ids = torch.arange(32).view(2, 16)
+    losses = []
+    for _ in range(6):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_tied_factors_are_one_parameter(tmp_path):
+    model = tiny_model()
+    moka.inject(model, moka.preset("compacter", n=4, target_modules="all-linear"))
+    layers = list(adapter_layers(model).values())
+    assert len({id(layer.moka_A["default"]) for layer in layers}) == 1
+    assert sum(p.numel() for n, p in model.named_parameters() if "moka_A" in n) == 4**3
+    randomize(model)
+    moka.save_adapter(model, tmp_path)
+    again = moka.load_adapter(tiny_model(), tmp_path)
+    first, *others = (layer.moka_A["default"] for layer in adapter_layers(again).values())
+    assert all(other is first for other in others)
+    assert torch.equal(first, layers[0].moka_A["default"])
+
+
+def test_frozen_parts_do_not_train():
+    model = adapted("lora-xs")
+    layer = adapter_layers(model)["0"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.moka_gate.default"]
+    U, S, Vh = torch.linalg.svd(layer.base_layer.weight)
+    A, B = layer.moka_A["default"].view(3, N).T, layer.moka_B["default"].view(3, K)
+    torch.testing.assert_close(A @ B, U[:, :3] * S[:3] @ Vh[:3], rtol=1e-4, atol=1e-5)
+    moka.inject(model, config("lora", target_modules=["0"]), "other")
+    moka.set_adapter(model, "default")
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.moka_gate.default"]
+
+
+def test_qa_moka_merges_exactly_into_zero_points_of_int4():
+    group = 8
+    model = nn.Sequential(nn.Linear(K, N, bias=False))
+    moka.inject(model, moka.preset("qa-moka", r=3, group=group, target_modules=["0"]))
+    randomize(model)
+    torch.manual_seed(2)
+    levels, scale = torch.randint(0, 16, (N, K // group, group)), torch.rand(N, K // group, 1) + 0.1
+    zero = torch.rand(N, K // group, 1) * 15
+    weight = (levels - zero) * scale
+    delta = moka.delta_weight(adapter_layers(model)["0"]).view(N, K // group, group)
+    assert torch.equal(delta, delta[..., :1].expand_as(delta))
+    merged = (levels - (zero - delta[..., :1] / scale)) * scale
+    torch.testing.assert_close(merged, weight + delta, rtol=1e-5, atol=1e-5)
+
+
+def test_nested_training_uses_prefixes_and_evaluation_all():
+    model = adapted("moka", nested=True)
+    layer = adapter_layers(model)["0"]
+    randomize(model)
+    x = torch.randn(2, K)
+    layer.train()
+    torch.manual_seed(0)
+    outputs = {tuple(layer(x).flatten().tolist()) for _ in range(60)}
+    assert len(outputs) == 4  # one for each prefix of the 4 components
+    layer.eval()
+    assert tuple(layer(x).flatten().tolist()) in outputs
+
+
+def test_routed_gates_weigh_each_token():
+    model = adapted("moka", gate="routed")
+    layer = adapter_layers(model)["0"]
+    randomize(model)
+    x = torch.randn(2, 5, K)
+    weights = torch.softmax(x @ layer.moka_gate["default"].T, -1) * 4
+    expected = layer.base_layer(x)
+    for i, (A, B) in enumerate(layer.factors("default")):
+        expected = expected + weights[..., i : i + 1] * (x @ torch.kron(A, B).T)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(StateError, match="depends on the token"):
+        moka.merge(model)
+    torch.testing.assert_close(moka.routing_loss(model), balance(weights.flatten(0, 1) / 4))
+
+
+def balance(weights: torch.Tensor) -> torch.Tensor:
+    r = weights.shape[1]
+    top = weights.argmax(1)
+    return r * sum((top == i).float().mean() * weights[:, i].mean() for i in range(r))
+
+
+def test_gates():
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+    def alpha(gate: str, **fields) -> torch.Tensor:
+        layer = adapter_layers(adapted("moka", gate=gate, scale=3.0, **fields))["0"]
+        with torch.no_grad():
+            layer.moka_gate["default"].copy_(logits)
+        return layer.alpha("default")
+
+    torch.testing.assert_close(alpha("softmax", gate_temperature=2.0), 3 * (logits / 2).softmax(0))
+    torch.testing.assert_close(alpha("sigmoid"), 3 * 2 * logits.sigmoid() / 4)
+    kept = logits.clone()
+    kept[[1, 3]] = -torch.inf
+    torch.testing.assert_close(alpha("topk(2)"), 3 * kept.softmax(0))
+    torch.testing.assert_close(alpha("linear"), 3 * logits)
+    assert config("moka", scale="sqrt").scale_for(16) == 4.0
+
+
+def test_a_gate_matrix_mixes_all_pairs():
+    layer = adapter_layers(adapted("moka-xs"))["0"]
+    M = torch.randn(3, 3)
+    with torch.no_grad():
+        layer.moka_gate["default"].copy_(M)
+    shape = layer.shapes["default"][0]
+    A = layer.moka_A["default"].view(3, shape.ma, shape.na)
+    B = layer.moka_B["default"].view(3, shape.mb, shape.nb)
+    expected = sum(M[i, j] * torch.kron(A[i], B[j]) for i in range(3) for j in range(3))
+    torch.testing.assert_close(layer.delta_weight("default"), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ConfigError, match="one shape"):
+        adapted("moka", gate="matrix", r=2, shapes=[(4, 4, 8, 12), (8, 8, 4, 6)])
+
+
+def test_learning_rates_follow_the_shapes():
+    model = adapted("lora")
+    rates = {id(p): g["lr"] for g in moka.param_groups(model, 1e-2) for p in g["params"]}
+    layer = adapter_layers(model)["0"]
+    A, B = rates[id(layer.moka_A["default"])], rates[id(layer.moka_B["default"])]
+    assert pytest.approx(16) == A / B and pytest.approx(1e-4) == A * B  # 48, limited
+    free = {id(p): g["lr"] for g in moka.param_groups(model, 1e-2, max_ratio=1e9) for p in g["params"]}
+    assert free[id(layer.moka_A["default"])] / free[id(layer.moka_B["default"])] == pytest.approx(K)
+    groups = moka.param_groups(adapted("moka"), 1e-2, gate_lr=0.5, weight_decay=0.1)
+    assert sorted((g["lr"], g["weight_decay"]) for g in groups)[-1] == (0.5, 0.0)
+    with pytest.raises(StateError, match="trainable"):
+        moka.param_groups(nn.Sequential(), 1e-2)
+
+
+def test_wrong_names_and_options_are_refused():
+    with pytest.raises(ConfigError, match="nearest is 'gralora'"):
+        moka.preset("gra-lora")
+    with pytest.raises(ConfigError, match="nearest valid one is 'blocks'"):
+        moka.preset("gralora", block=2)
+    with pytest.raises(ConfigError, match="above 0"):
+        moka.preset("lora", r=16, alpha=0)
+    with pytest.raises(ConfigError, match="divide"):
+        moka.inject(
+            nn.Sequential(nn.Linear(K, N)), moka.preset("gralora", r=9, blocks=3, target_modules=["0"])
+        )
+    with pytest.raises(ConfigError, match="at most 1024"):
+        moka.inject(
+            nn.Sequential(nn.Linear(64, 64)), moka.MokaConfig(shapes="gralora(64,64)", target_modules=["0"])
+        )
+    with pytest.raises(ConfigError, match="rule gralora"):
+        moka.MokaConfig(shapes="gralora(1,2,3)")
+    with pytest.raises(ConfigError, match="init"):
+        moka.preset("lora", init="svd")
+
+
+def test_options_and_fields_reach_the_configuration():
+    made = moka.preset("lora", r=4, alpha=8, dropout=0.1, target_modules=["q_proj"])
+    assert (made.r, made.scale, made.dropout, made.target_modules) == (4, 8.0, 0.1, ("q_proj",))
+    assert set(moka.presets()) == set(PRESETS) and len(PRESETS) >= 18
+    for name, found in PRESETS.items():
+        assert dataclasses.asdict(moka.preset(name)) and json.dumps(found.options)
+
+
+def test_a_file_with_untied_factors_is_refused(tmp_path):
+    model = tiny_model()
+    moka.inject(model, moka.preset("compacter", target_modules=["q_proj"]))
+    for layer in adapter_layers(model).values():
+        layer.moka_A["default"] = nn.Parameter(torch.randn_like(layer.moka_A["default"]))
+    moka.save_adapter(model, tmp_path)
+    with pytest.raises((CheckpointMismatchError, MokaError), match="tie"):
+        moka.load_adapter(tiny_model(), tmp_path)
