@@ -19,9 +19,10 @@ N, K = 32, 48
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers deprecates
 SMALL = {
     "gralora": {"r": 8}, "melora": {"rank": 3}, "melora-shared": {"rank": 3}, "bone": {"r": 4},
-    "c3a": {"block": 4}, "kron-lora": {"size": 4, "rank": 2}, "lokr": {"rank": 2},
-    "mora": {"rank": 1}, "kron-vera": {"r": 6}, "moka": {"r": 4}, "moka-s": {"r": 3}, "soka": {"r": 3}, "dota": {"r": 3}, "lora": {"r": 3},
-    "rslora": {"r": 3}, "lora-xs": {"r": 3}, "moka-xs": {"r": 3}, "qa-moka": {"r": 3, "group": 4},
+    "c3a": {"block": 4}, "kron-lora": {"size": 4, "rank": 2}, "lokr": {"rank": 2}, "mora": {"rank": 1},
+    "kron-vera": {"r": 6}, "moka": {"r": 4}, "moka-s": {"r": 3}, "soka": {"r": 3}, "dota": {"r": 3},
+    "lora": {"r": 3}, "rslora": {"r": 3}, "lora-xs": {"r": 3}, "moka-xs": {"r": 3},
+    "qa-moka": {"r": 3, "group": 4},
 }  # fmt: skip
 ALL = pytest.mark.parametrize("name", list(PRESETS))
 
