@@ -35,9 +35,9 @@ def form_of(shapes: Sequence[KronShape]) -> Form:
     expanded = tuple(shape.expanded for shape in shapes)
     low_rank = b is not None and len(b) == 1 and b[0].kind == "lowrank" and len(set(expanded)) == 1
     if low_rank:
-        shape, k, rank = expanded[0], len(expanded), b[0].arguments[0][0]  # pyright: ignore
-        stages = shape.na * shape.nb + shape.ma * shape.na + shape.ma * shape.mb
-        low_rank = shape.identity == 0 and k * rank * stages < k * shape.macs
+        shape, rank = expanded[0], b[0].arguments[0][0]  # pyright: ignore[reportOptionalSubscript]
+        mixing = 0 if shape.identity == 1 else shape.ma * shape.na
+        low_rank = rank * (shape.na * shape.nb + mixing + shape.ma * shape.mb) < shape.macs
     return Form(expanded, a, b, low_rank)
 
 
@@ -55,11 +55,14 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, form: Form) -> Tens
     shape, k = form.shapes[0], len(form.shapes)
     U, V = factors.split(B.to(x.dtype), form.b[0])
     rank = V.shape[1]
-    left = (A.view(k, shape.ma, shape.na) * alpha[:, None, None]).to(x.dtype)
     X = x.reshape(-1, shape.na, shape.nb)
     middle = torch.nn.functional.linear(X, V.reshape(k * rank, shape.nb)).unflatten(2, (k, rank))
-    middle = torch.einsum("kma,takr->tmkr", left, middle).flatten(2)
-    y = torch.nn.functional.linear(middle, U.transpose(0, 1).reshape(shape.mb, k * rank))
+    if shape.identity == 1:
+        middle = middle * alpha[:, None].to(x.dtype)
+    else:
+        left = (A.view(k, shape.ma, shape.na) * alpha[:, None, None]).to(x.dtype)
+        middle = torch.einsum("kma,takr->tmkr", left, middle)
+    y = torch.nn.functional.linear(middle.flatten(2), U.transpose(0, 1).reshape(shape.mb, k * rank))
     return y.reshape(*x.shape[:-1], shape.ma * shape.mb)
 
 

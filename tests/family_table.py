@@ -1,0 +1,61 @@
+"""Rewrites the table of docs/family.md from the presets themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import moka
+from moka.branches import form_of
+from moka.presets import PRESETS
+from moka.rules import plan_shapes
+
+START, END = "<!-- table: presets -->\n", "<!-- end -->"
+PAGE = Path(__file__).parent.parent / "docs" / "family.md"
+SIZE = 4096  # of the square layer in the table
+
+
+def parameters(name: str, N: int, K: int, **options) -> int:
+    """Trained entries of one layer; a bank that all layers share counts in full."""
+    model = moka.inject(layer_on_meta(N, K), moka.preset(name, target_modules=["0"], **options))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def layer_on_meta(N: int, K: int):
+    import torch
+
+    with torch.device("meta"):
+        return torch.nn.Sequential(torch.nn.Linear(K, N, bias=False))
+
+
+def flops(name: str, N: int, K: int) -> int:
+    """Operations per token when activations run through the factors, 2 per multiply-add."""
+    config = moka.preset(name)
+    shapes = plan_shapes(N, K, config.r, config.shapes_for(""))
+    form = form_of(shapes)
+    if form.low_rank and form.b:
+        s, rank = shapes[0], form.b[0].parts[0][1]
+        return 2 * len(shapes) * rank * (s.na * s.nb + s.ma * s.na + s.ma * s.mb)
+    return 2 * sum(shape.expanded.macs for shape in shapes)
+
+
+def table() -> str:
+    rows = [
+        f"| preset | source | update | trained entries | {SIZE}x{SIZE}, defaults | MFLOP per token | rank at most |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, p in PRESETS.items():
+        count, work = parameters(name, SIZE, SIZE), flops(name, SIZE, SIZE) / 1e6
+        rows.append(
+            f"| `{name}` | {p.source} | `{p.formula}` | `{p.parameters}` | {count:,} | {work:.2f} | `{p.rank}` |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, _, tail = rest.partition(END)
+    PAGE.write_text(f"{head}{START}{table()}\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
