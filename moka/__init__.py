@@ -13,6 +13,7 @@ from .merge import merge, merge_errors, unmerge
 from .mixed import mixed_batch
 from .plan import plan
 from .quantize import quantize
+from .rank import grow, importance, prune, reallocate, truncate
 from .summary import summary
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "eject",
     "export_lora",
     "functional",
+    "grow",
+    "importance",
     "info",
     "inject",
     "load_adapter",
@@ -35,11 +38,14 @@ __all__ = [
     "mixed_batch",
     "nf4",
     "plan",
+    "prune",
     "quantize",
+    "reallocate",
     "save_adapter",
     "set_adapter",
     "shard",
     "summary",
+    "truncate",
     "unmerge",
 ]
 __version__ = "0.1.0"
