@@ -32,7 +32,7 @@ from .init import init_factors_
 from .inject import optimizers_of, refuse_wrapped, warn_about_optimizers
 from .layers import MokaLinear
 from .layout import is_sharded
-from .shapes import KronShape, plan_shapes
+from .shapes import KronShape, explicit_shapes, plan_shapes
 from .targets import find_targets
 
 Scores = Mapping[str, Tensor]
@@ -305,10 +305,8 @@ def _rebuild(
         old = [layer.shapes[name][i] for i in kept[path]]
         wanted = config.shapes_for(path) if spec is None else spec
         shapes[path] = [*old, *_lacking(path, layer, old, counts.get(path, 0), wanted, config.strict)]
-    # the first pattern that matches the end of a path counts, so the longest path comes first
-    explicit = {path: [tuple(s) for s in shapes[path]] for path in sorted(shapes, key=len, reverse=True)}
     before = configs[name]
-    after = replace(before, shapes=explicit, r_pattern={})
+    after = replace(before, shapes=explicit_shapes(shapes), r_pattern={})
     for path, layer in layers.items():
         states[path] = _changed(layer, name, _core(after), kept[path], shapes[path], restricted)
     optimizers = optimizers_of(model)

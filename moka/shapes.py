@@ -7,7 +7,7 @@ parameters, with equality when both factors hold `sqrt(N K)` entries ("balanced"
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -108,6 +108,13 @@ def plan_shapes(
                 )
     full, left = divmod(r, len(ASPECTS))
     return tuple(_balanced_shape(N, K, aspect) for aspect in ASPECTS * full + ASPECTS_LEFT[:left])
+
+
+def explicit_shapes(shapes: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[tuple[int, ...]]]:
+    """Path -> components as `MokaConfig.shapes` takes them, the longest path first: the first pattern that
+    matches the end of a path counts."""
+    longest_first = sorted(shapes, key=len, reverse=True)
+    return {path: [tuple(shape) for shape in shapes[path]] for path in longest_first}
 
 
 def check_shape(N: int, K: int, shape: Sequence[int], module: str) -> KronShape:
