@@ -1,7 +1,8 @@
 """moka: fine-tune a 4-bit language model with a gated mixture of Kronecker products."""
 
-from . import functional, nf4
+from . import convert, functional, nf4
 from .accelerate import accelerate, accelerated_layers, decelerate
+from .analyze import analyze
 from .checkpoint import load_adapter, save_adapter
 from .config import MokaConfig
 from .export_lora import export_lora
@@ -22,6 +23,8 @@ __all__ = [
     "accelerated_layers",
     "active_adapters",
     "adapter_layers",
+    "analyze",
+    "convert",
     "decelerate",
     "delta_weight",
     "disabled",

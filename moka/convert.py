@@ -280,14 +280,29 @@ def _fill(model: nn.Module, name: str, terms: Mapping[str, Terms]) -> None:
             B.copy_(new_b / alpha if shape.identity != 2 else new_b)
 
 
-def _read(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors of a folder that peft wrote, read as untrusted files."""
+def kind_of(folder: Path) -> str:
+    """The `peft_type` of the adapter in a folder: "LORA", "LOKR", "MOKA", ...
+
+    Raises:
+        CheckpointFormatError, UnsafeFileError: the folder holds no adapter, or cannot be trusted.
+    """
+    return str(_settings(folder)["peft_type"])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
     where = str(folder / CONFIG)
     with safefile.open_untrusted(folder, CONFIG) as descriptor:
         settings = safefile.strict_json(safefile.read_text(descriptor, where), where)
-    found = settings.get("peft_type") if isinstance(settings, dict) else settings
-    if found != kind:
-        raise CheckpointFormatError(f"{where}: got an adapter of type {found!r}, expected {kind}")
+    if not isinstance(settings, dict) or "peft_type" not in settings:
+        raise CheckpointFormatError(f"{where}: names no peft_type; expected the configuration of an adapter")
+    return settings
+
+
+def _read(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a folder that peft wrote, read as untrusted files."""
+    settings = _settings(folder)
+    if settings["peft_type"] != kind:
+        raise CheckpointFormatError(f"{folder}: got the type {settings['peft_type']!r}, expected {kind}")
     where = str(folder / WEIGHTS)
     with safefile.open_untrusted(folder, WEIGHTS) as descriptor:
         data = safefile.read_all(descriptor, where, safefile.read_header(descriptor, where))

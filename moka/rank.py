@@ -38,7 +38,7 @@ from .targets import find_targets
 Scores = Mapping[str, Tensor]
 
 
-class _Adapter(NamedTuple):
+class Adapter(NamedTuple):
     """An adapter of a model: its name, the table with its configuration, that as moka's, path -> layer."""
 
     name: str
@@ -63,7 +63,7 @@ def importance(
     Example:
         >>> moka.importance(model)["model.layers.0.self_attn.q_proj"]          # doctest: +SKIP
     """
-    layers = _find(model, adapter_name, "moka.importance").layers
+    layers = find_adapter(model, adapter_name, "moka.importance").layers
     if sensitivity:
         return {path: _sensitivity(path, layer, adapter_name) for path, layer in layers.items()}
     return {p: algebra.importance(algebra.terms(layer, adapter_name)) for p, layer in layers.items()}
@@ -95,7 +95,7 @@ def prune(
     Example:
         >>> moka.prune(model, energy=0.99)          # doctest: +SKIP
     """
-    adapter = _find(model, adapter_name, "moka.prune")
+    adapter = find_adapter(model, adapter_name, "moka.prune")
     if (energy is not None) + (keep is not None) + elbow != 1:
         raise ConfigError(f"prune: got {energy=}, {keep=}, {elbow=}; expected exactly one of them")
     if energy is not None and not 0 < energy <= 1:
@@ -140,7 +140,7 @@ def grow(
     Example:
         >>> moka.grow(model, {"v_proj": 16})          # doctest: +SKIP
     """
-    adapter = _find(model, adapter_name, "moka.grow")
+    adapter = find_adapter(model, adapter_name, "moka.grow")
     wanted = r if isinstance(r, Mapping) else {".*": r}
     for key, count in wanted.items():
         if type(count) is not int or not any(pattern_matches(key, path) for path in adapter.layers):
@@ -174,7 +174,7 @@ def reallocate(
     Example:
         >>> moka.reallocate(model, budget=240)          # doctest: +SKIP
     """
-    adapter = _find(model, adapter_name, "moka.reallocate")
+    adapter = find_adapter(model, adapter_name, "moka.reallocate")
     if type(budget) is not int or not 0 <= share <= 1 or round(budget * (1 - share)) < len(adapter.layers):
         raise ConfigError(f"reallocate: got {budget=}, {share=}; expected to keep one component per layer")
     ranked = _ranked(adapter, scores)
@@ -204,7 +204,7 @@ def truncate(model: nn.Module, k: int, adapter_name: str = "default") -> dict[st
     Example:
         >>> moka.truncate(model, 4)          # doctest: +SKIP
     """
-    adapter = _find(model, adapter_name, "moka.truncate")
+    adapter = find_adapter(model, adapter_name, "moka.truncate")
     if type(k) is not int or k < 1:
         raise ConfigError(f"k: got {k!r}, expected a positive integer")
     kept = {p: list(range(min(k, len(y.shapes[adapter_name])))) for p, y in adapter.layers.items()}
@@ -224,7 +224,7 @@ def restricted_alpha(layer: MokaLinear, name: str, k: int) -> Tensor:
     return scaled_gate(config.gate, logits, scale, k, layer.moka_A[name].device)
 
 
-def _find(model: nn.Module, name: str, call: str) -> _Adapter:
+def find_adapter(model: nn.Module, name: str, call: str) -> Adapter:
     """The adapter, once nothing stands against changing it."""
     configs = getattr(model, "moka_config", None) or getattr(model, "peft_config", {})
     if not hasattr(configs.get(name), "shapes"):
@@ -239,7 +239,7 @@ def _find(model: nn.Module, name: str, call: str) -> _Adapter:
             raise StateError(f"{path}: adapter {name!r} is merged into the base weight; unmerge it first")
         if layer.moka_A[name].is_meta or is_sharded(layer.moka_A[name]):
             raise StateError(f"{path}: adapter {name!r} is on the meta device or split over processes")
-    return _Adapter(name, configs, config, layers)
+    return Adapter(name, configs, config, layers)
 
 
 def _core(config: Any) -> MokaConfig:
@@ -263,7 +263,7 @@ def _sensitivity(path: str, layer: MokaLinear, name: str) -> Tensor:
     return torch.stack([(a if len(a) else b).sum().abs() for a, b in products])
 
 
-def _ranked(adapter: _Adapter, scores: Scores | None) -> list[tuple[str, int, float]]:
+def _ranked(adapter: Adapter, scores: Scores | None) -> list[tuple[str, int, float]]:
     """(path, index, score) of all components, the best of each layer first, then by falling score."""
     ranked = []
     for path, layer in adapter.layers.items():
@@ -281,7 +281,7 @@ def _ranked(adapter: _Adapter, scores: Scores | None) -> list[tuple[str, int, fl
     return [(path, i, -score) for _, score, path, i in ranked]
 
 
-def _first(adapter: _Adapter, ranked: list[tuple[str, int, float]], count: Any) -> dict[str, list[int]]:
+def _first(adapter: Adapter, ranked: list[tuple[str, int, float]], count: Any) -> dict[str, list[int]]:
     """Path -> its components among the first `count`, and the best one in any case; in their old order."""
     kept: dict[str, list[int]] = {path: [] for path in adapter.layers}
     for path, i, _ in ranked[: max(count, len(kept))]:
@@ -291,7 +291,7 @@ def _first(adapter: _Adapter, ranked: list[tuple[str, int, float]], count: Any) 
 
 def _rebuild(
     model: nn.Module,
-    adapter: _Adapter,
+    adapter: Adapter,
     kept: Mapping[str, list[int]],
     counts: Mapping[str, int],
     call: str,

@@ -215,7 +215,7 @@ def edited(folder, settings=(), tensors=()):
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj."
 EDITS = [
-    ({"peft_type": "LOHA"}, {}, CheckpointFormatError, "type 'LOHA', expected LORA"),
+    ({"peft_type": "LOHA"}, {}, CheckpointFormatError, "the type 'LOHA', expected LORA"),
     ({"use_dora": True}, {}, CheckpointMismatchError, r"\['use_dora'\] have no counterpart"),
     (
         {},
