@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column, Table
 
 from .common import DtypeOption, ModelOption, QuantizeOption, load
 from .console import out, print_json
@@ -28,7 +28,8 @@ def analyze(
 
     loaded, _ = load(model, adapter, quantize, dtype)
     layers = measure(loaded)
-    table = Table("r", "in effect", "gates", "rank", "|dW|/|W|", "rows", "layer", box=SIMPLE)
+    layer_column = Column("layer", overflow="fold")  # whole, also in a narrow terminal or a pipe
+    table = Table("r", "used", "gates", "rank", "|dW|/|W|", "rows", layer_column, box=SIMPLE)
     for y in layers:
         rank = "" if y.effective_rank is None else f"{y.effective_rank:.1f}"
         count, effective, gates = str(len(y.shapes)), f"{y.effective_components:.2f}", f"{y.gate_entropy:.2f}"
@@ -36,9 +37,7 @@ def analyze(
             count, effective, gates, rank, f"{y.relative_norm:.2%}", f"{y.row_change_mean:.2%}", y.path
         )
     out.print(table)
-    out.print(
-        "in effect, rank: exp of entropy; gates: their entropy; rows: mean change of norm", highlight=False
-    )
+    out.print("used, rank: exp of entropy; gates: their entropy; rows: mean change of norms", highlight=False)
     if json:
         print_json(to_dict(layers), json, show=False)
     if plot:
