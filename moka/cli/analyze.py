@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from .common import DtypeOption, ModelOption, QuantizeOption, load
@@ -29,7 +28,7 @@ def analyze(
     loaded, _ = load(model, adapter, quantize, dtype)
     layers = measure(loaded)
     layer_column = Column("layer", overflow="fold")  # whole, also in a narrow terminal or a pipe
-    table = Table("r", "used", "gates", "rank", "|dW|/|W|", "rows", layer_column, box=SIMPLE)
+    table = Table("r", "used", "gates", "rank", "|dW|/|W|", "rows", layer_column, box=None, pad_edge=False)
     for y in layers:
         rank = "" if y.effective_rank is None else f"{y.effective_rank:.1f}"
         count, effective, gates = str(len(y.shapes)), f"{y.effective_components:.2f}", f"{y.gate_entropy:.2f}"
