@@ -1,7 +1,8 @@
 """moka: fine-tune a 4-bit language model with a gated mixture of Kronecker products."""
 
-from . import functional, nf4
+from . import convert, functional, nf4
 from .accelerate import accelerate, accelerated_layers, decelerate
+from .analyze import analyze
 from .checkpoint import load_adapter, save_adapter
 from .config import MokaConfig
 from .export_lora import export_lora
@@ -14,6 +15,7 @@ from .mixed import mixed_batch
 from .plan import plan
 from .presets import preset, presets
 from .quantize import quantize
+from .rank import grow, importance, prune, reallocate, truncate
 from .rates import param_groups, routing_loss
 from .summary import summary
 
@@ -23,12 +25,16 @@ __all__ = [
     "accelerated_layers",
     "active_adapters",
     "adapter_layers",
+    "analyze",
+    "convert",
     "decelerate",
     "delta_weight",
     "disabled",
     "eject",
     "export_lora",
     "functional",
+    "grow",
+    "importance",
     "info",
     "inject",
     "load_adapter",
@@ -40,12 +46,15 @@ __all__ = [
     "plan",
     "preset",
     "presets",
+    "prune",
     "quantize",
+    "reallocate",
     "routing_loss",
     "save_adapter",
     "set_adapter",
     "shard",
     "summary",
+    "truncate",
     "unmerge",
 ]
 __version__ = "0.1.0"

@@ -145,11 +145,11 @@ class MokaConfig:
         """The number of components for the module at `path`, unless an explicit list of shapes sets it."""
         return next((r for key, r in self.r_pattern.items() if pattern_matches(key, path)), self.r)
 
-    def scale_for(self, r: int) -> float:
-        """The factor on the gated sum of r components."""
+    def scale_for(self, r: Any) -> Any:
+        """The factor on the gated sum of r components, a number or a tensor."""
         if self.scale == "sqrt":
-            return math.sqrt(r)
-        return float(r if self.scale is None else self.scale)
+            return r**0.5
+        return r * 1.0 if self.scale is None else self.scale
 
     def shapes_for(self, path: str) -> ShapeSpec:
         """The shape specification for the module at `path`."""

@@ -33,13 +33,13 @@ POWER_STEPS = 4  # its passes over the matrix and back; the spectrum of an updat
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """One layer of an exported adapter.
+    """One layer of an adapter in another form.
 
     Attributes:
         path: where it is.
         shape: (out_features, in_features).
-        rank: of its two matrices, before any padding to that of the widest layer.
-        energy, discarded: |dW|_F^2, and |dW - B A|_F^2 of the matrices that were written.
+        rank: of its two matrices, before any padding to that of the widest layer; components of a mixture.
+        energy, discarded: |dW|_F^2, and what is missing of it, |dW - B A|_F^2 of the matrices as written.
     """
 
     path: str
@@ -56,7 +56,7 @@ class ExportedLayer:
 
 @dataclass(frozen=True)
 class Export:
-    """What `export_lora` wrote; `str()` of it is a table."""
+    """What `export_lora` wrote or a function of `moka.convert` made; `str()` of it is a table."""
 
     layers: tuple[ExportedLayer, ...]
 
@@ -121,13 +121,13 @@ def export_lora(
     Example:
         >>> print(moka.export_lora(model, "lora", rank=64))          # doctest: +SKIP
     """
-    layers = _layers(model, adapter_name)
+    layers = exportable_layers(model, adapter_name)
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ConfigError(f"rank: got {rank!r}, expected a positive integer or None")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy: got {energy!r}, expected a share above 0 and at most 1, or None")
     directory = Path(directory)
-    _refuse_other_adapter(directory)
+    refuse_other_adapter(directory, "LORA")
     exported, factors = [], {}
     for path, layer in layers.items():
         delta = layer.delta_weight(adapter_name)
@@ -135,7 +135,7 @@ def export_lora(
             raise NonFiniteError(
                 f"{path}: the update of adapter {adapter_name!r} holds NaN or infinity; nothing was written"
             )
-        A, B = _low_rank(delta, _rank_bound(layer, adapter_name), rank, energy)
+        A, B = low_rank(delta, _rank_bound(layer, adapter_name), rank, energy)
         figures = (t.double().square().sum().item() for t in (delta, delta - B @ A))
         exported.append(ExportedLayer(path, (B.shape[0], A.shape[1]), len(A), *figures))
         factors[path] = A.cpu().contiguous(), B.cpu().contiguous()
@@ -146,22 +146,19 @@ def export_lora(
         tensors[f"base_model.model.{path}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, missing))
         tensors[f"base_model.model.{path}.lora_B.weight"] = nn.functional.pad(B, (0, missing))
     config = _lora_config(model, export, rank_pattern)
-    directory.mkdir(parents=True, exist_ok=True)
-    # a kill in between leaves a folder that peft refuses, and into which the same call can write again
-    safefile.write_atomic(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    safefile.write_atomic(directory / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
+    write_adapter(directory, config, tensors)
     return export
 
 
-def _layers(model: nn.Module, name: str) -> dict[str, MokaLinear]:
-    """The layers that an adapter adapts, once nothing stands against its export."""
+def exportable_layers(model: nn.Module, name: str) -> dict[str, MokaLinear]:
+    """The layers that an adapter adapts, once nothing stands against writing it in another form."""
     known = getattr(model, "moka_config", {})
     if name not in known:
         raise StateError(f"adapter {name!r} does not exist; the model has {list(known)}")
     if trained := [path for path, copy in saved_modules(model).items() if name in copy.modules_to_save]:
         raise ConfigError(
-            f"modules_to_save: adapter {name!r} trains {trained} in full, which a LoRA cannot hold; merge it "
-            f"into the model (moka.merge), or train without modules_to_save"
+            f"modules_to_save: adapter {name!r} trains {trained} in full, which that form cannot hold; merge "
+            f"it into the model (moka.merge), or train without modules_to_save"
         )
     layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.configs}
     for path, module in walk(model):
@@ -176,17 +173,30 @@ def _layers(model: nn.Module, name: str) -> dict[str, MokaLinear]:
     return layers
 
 
-def _refuse_other_adapter(directory: Path) -> None:
+def write_adapter(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes the two files of an adapter of peft, each atomically."""
+    directory.mkdir(parents=True, exist_ok=True)
+    # a kill in between leaves a folder that peft refuses, and into which the same call can write again
+    safefile.write_atomic(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    safefile.write_atomic(directory / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
+
+
+def refuse_other_adapter(directory: Path, kind: str) -> None:
+    """A folder keeps its adapter if that is of another kind than is to be written.
+
+    Raises:
+        ConfigError: naming both kinds.
+    """
     if not (directory / WEIGHTS).exists():
         return
     try:
-        kind = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("peft_type")
+        found = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("peft_type")
     except (OSError, ValueError, AttributeError):
-        kind = "unknown"
-    if kind != "LORA":
+        found = "unknown"
+    if found != kind:
         raise ConfigError(
-            f"{directory}: holds an adapter of type {kind!r}, which the LoRA would replace; choose another "
-            f"folder"
+            f"{directory}: holds an adapter of type {found!r}, which the {kind} would replace; choose "
+            f"another folder"
         )
 
 
@@ -195,7 +205,7 @@ def _rank_bound(layer: MokaLinear, name: str) -> int:
     return sum(min(s.ma, s.na) * min(s.mb, s.nb) for s in layer.shapes[name])
 
 
-def _low_rank(delta: Tensor, bound: int, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
+def low_rank(delta: Tensor, bound: int, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
     """`A [r, K]` and `B [N, r]` with B A nearest to the update, for the rank that is asked for."""
     full = min(delta.shape)
     needed = min(full, bound, *([] if rank is None else [rank + OVERSAMPLE]))
@@ -220,25 +230,32 @@ def _low_rank(delta: Tensor, bound: int, rank: int | None, energy: float | None)
 
 def _lora_config(model: nn.Module, export: Export, rank_pattern: bool) -> dict[str, Any]:
     """peft's `LoraConfig`: the fields that servers read; peft has defaults for the others."""
-    base = fingerprint(model, ())
     ranks = {layer.path: layer.rank for layer in export.layers if layer.rank != export.rank}
     patterns = ranks if rank_pattern else {}
     return {
-        "peft_type": "LORA",
-        "task_type": base["task_type"] or None,
-        "base_model_name_or_path": base["name_or_path"],
-        "inference_mode": True,
+        **peft_fields(model, "LORA", [layer.path for layer in export.layers]),
         "r": export.rank,
         "lora_alpha": export.rank,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": _target_modules(model, [layer.path for layer in export.layers]),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
         "use_rslora": False,
         "use_dora": False,
+    }
+
+
+def peft_fields(model: nn.Module, kind: str, paths: Iterable[str]) -> dict[str, Any]:
+    """What the configurations of all of peft's methods have."""
+    base = fingerprint(model, ())
+    return {
+        "peft_type": kind,
+        "task_type": base["task_type"] or None,
+        "base_model_name_or_path": base["name_or_path"],
+        "inference_mode": True,
+        "target_modules": _target_modules(model, paths),
+        "modules_to_save": None,
     }
 
 

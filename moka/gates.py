@@ -86,6 +86,13 @@ def scaled_gate(
     return functional.softmax_gate(logits if temperature == 1.0 else logits / temperature, scale)
 
 
+def restrict(kind: str, alpha: Tensor, kept: int | Tensor, scale: float | Tensor) -> Tensor:
+    """`scaled_gate` when all but the first `kept` components are left out; a gate that sums to 1 does so over
+    these, times `scale`."""
+    alpha = alpha * (torch.arange(len(alpha), device=alpha.device) < kept)
+    return alpha * (scale / alpha.sum()) if kind in ("softmax", "none") else alpha
+
+
 def mix_factors(matrix: Tensor, A: Tensor) -> Tensor:
     """The left factors of `sum_j (sum_i M_ij A_i) kron B_j`, flat like A."""
     return (at_least_fp32(matrix).mT @ A.view(len(matrix), -1)).flatten()

@@ -81,11 +81,11 @@ def inject(
         )
     if not configs and adapter_layers(model):
         raise StateError("the model holds adapters of peft; add further ones with peft's own functions")
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     targets = find_targets(model, config)
     copies = find_modules_to_save(model, config, targets)
     check_linear4bit(model)
-    optimizers = _optimizers_of(model)
+    optimizers = optimizers_of(model)
 
     layers = [t.module if isinstance(t.module, MokaLinear) else MokaLinear(t.module) for t in targets]
     trained = [m if isinstance(m, TrainedCopy) else TrainedCopy(m) for m in copies]
@@ -109,7 +109,7 @@ def inject(
         _replace(model, new)
         set_adapter(model, adapter_name)
         undo.pop_all()
-    _warn_about_optimizers(model, optimizers)
+    warn_about_optimizers(model, optimizers, "moka.inject")
     return model
 
 
@@ -279,14 +279,19 @@ def _restore_base(model: Any) -> None:
     del model._moka_base
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module, call: str = "moka.inject") -> None:
+    """Parameters are made before anything takes hold of them.
+
+    Raises:
+        StateError: the model is compiled, or wrapped for training on several processes.
+    """
     for path, module in model.named_modules():
         kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in WRAPPERS), None)
         if kind is None and getattr(module, "_compiled_call_impl", None) is not None:
             kind = "compiled"
         if kind is not None:
             raise StateError(
-                f"{path or 'the model'} is wrapped already ({kind}); call moka.inject first, then "
+                f"{path or 'the model'} is wrapped already ({kind}); call {call} first, then "
                 f"torch.compile, DistributedDataParallel or fully_shard"
             )
 
@@ -301,18 +306,21 @@ def check_linear4bit(model: Any) -> None:
                 raise StateError(f"{path}: {error}") from error
 
 
-def _optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
     """The live optimizers that hold a parameter of the model; only the garbage collector knows them."""
     own = {id(parameter) for parameter in model.parameters()}
     optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
     return [o for o in optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
 
 
-def _warn_about_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+def warn_about_optimizers(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], call: str, stacklevel: int = 3
+) -> None:
+    """Says which optimizers have lost their parameters to a call; `stacklevel` leads to its caller."""
     missing = sum(1 for parameter in model.parameters() if parameter.requires_grad)
     for optimizer in optimizers:
         warnings.warn(
-            f"{type(optimizer).__name__} was built before moka.inject and does not know the {missing} "
+            f"{type(optimizer).__name__} was built before {call} and does not know the {missing} "
             f"adapter parameters; build it again, or nothing will be trained",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )

@@ -11,7 +11,7 @@ from .nf4 import NF4Weight
 def kpsvd(
     weight: NF4Weight | Tensor, ma: int, na: int, mb: int, nb: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`sum_i sigma_i A_i kron B_i`, the k leading terms of W: A `[k, ma, na]`, B `[k, mb, nb]`, sigma `[k]`."""
+    """The k leading terms of `W = sum_i sigma_i A_i kron B_i`: A `[k, ma, na]`, B `[k, mb, nb]`, sigma."""
     W = weight if isinstance(weight, Tensor) else weight.dequantize(torch.float32)
     R = W.float().view(ma, mb, na, nb).transpose(1, 2).reshape(ma * na, mb * nb)
     U, S, Vh = torch.linalg.svd(R, full_matrices=False)

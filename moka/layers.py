@@ -281,7 +281,7 @@ class MokaLinear(nn.Module):
             return alpha
         if config.nested:
             kept = torch.randint(1, len(alpha) + 1, (), device=alpha.device)
-            alpha = alpha * (torch.arange(len(alpha), device=alpha.device) < kept)
+            alpha = gates.restrict(config.gate, alpha, kept, config.scale_for(kept))
         return nn.functional.dropout(alpha, config.gate_dropout) if config.gate_dropout else alpha
 
     def factors(self, name: str) -> list[tuple[Tensor, Tensor]]:

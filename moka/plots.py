@@ -1,4 +1,4 @@
-"""Pictures of a training run: the loss, and the gates of every adapted layer."""
+"""Pictures: the loss of a training run, and the gates and components of every adapted layer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .analyze import LayerAnalysis
 from .inject import adapter_layers
 
 
@@ -74,16 +75,30 @@ def plot_gates(model: nn.Module, path: str | os.PathLike) -> None:
         for name in layer.used_adapters():
             alpha = layer.alpha(name).float().cpu()
             gates.append(alpha / alpha.abs().mean().clamp(min=torch.finfo(torch.float32).tiny))
-    columns = max(len(gate) for gate in gates)
-    grid = torch.full((len(gates), columns), float("nan"))
-    for row, gate in zip(grid, gates, strict=True):
-        row[: len(gate)] = gate
-    spread = max((grid[~grid.isnan()] - 1).abs().max().item(), 1e-3)
-    figure = _figure(6, max(3.0, 0.09 * len(gates) + 1.5))
+    spread = max((torch.cat(gates) - 1).abs().max().item(), 1e-3)
+    _save_grid(gates, path, "gate relative to uniform", "RdBu_r", (1 - spread, 1 + spread))
+
+
+def plot_energy(layers: Sequence[LayerAnalysis], path: str | os.PathLike) -> None:
+    """`energy_share` of `moka.analyze`, one row per layer and one column per component."""
+    rows = [torch.tensor(layer.energy_share) for layer in layers]
+    _save_grid(rows, path, "share of the squared norms of a layer's components", "viridis", (0, None))
+
+
+def _save_grid(
+    rows: Sequence[Tensor],
+    path: str | os.PathLike,
+    title: str,
+    colors: str,
+    limits: tuple[float, float | None],
+) -> None:
+    """A picture of one row of values per layer; rows may differ in length."""
+    grid = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=float("nan"))
+    figure = _figure(6, max(3.0, 0.09 * len(rows) + 1.5))
     axes = figure.add_subplot()
-    image = axes.imshow(grid.numpy(), aspect="auto", cmap="RdBu_r", vmin=1 - spread, vmax=1 + spread)
+    image = axes.imshow(grid.numpy(), aspect="auto", cmap=colors, vmin=limits[0], vmax=limits[1])
     axes.set_xlabel("component")
     axes.set_ylabel("adapted layer, from the input on")
-    axes.set_title("gate relative to uniform")
+    axes.set_title(title)
     figure.colorbar(image)
     figure.savefig(path, dpi=120)

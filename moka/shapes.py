@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -73,6 +73,13 @@ class KronShape(NamedTuple):
 def flatten_shapes(shapes: Sequence[Sequence[Any]]) -> list[int]:
     """The five integers per component that the operators take."""
     return [size for shape in shapes for size in (shape if len(shape) == 5 else KronShape(*shape)[:5])]
+
+
+def explicit_shapes(shapes: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, list[tuple]]:
+    """Path -> components as `MokaConfig.shapes` takes them, the longest path first: the first pattern that
+    matches the end of a path counts."""
+    longest_first = sorted(shapes, key=len, reverse=True)
+    return {path: [KronShape(*shape).fields for shape in shapes[path]] for path in longest_first}
 
 
 def check_shape(N: int, K: int, shape: Sequence[Any], module: str) -> KronShape:

@@ -14,6 +14,7 @@ from .config import MokaConfig
 from .errors import ConfigError
 from .gates import at_least_fp32
 from .layers import MokaLinear
+from .shapes import explicit_shapes
 
 
 def combination_config(
@@ -39,14 +40,12 @@ def combination_config(
         for path, layer in layers.items()
         if any(name in layer.configs for name in adapters)
     }
-    # the first pattern that matches the end of a path counts, so the longest path comes first
-    longest_first = sorted(shapes, key=len, reverse=True)
     paths = {
         config.path for layer in layers.values() for name, config in layer.configs.items() if name in adapters
     }
     return MokaConfig(
         target_modules=list(shapes),
-        shapes={path: shapes[path] for path in longest_first},
+        shapes=explicit_shapes(shapes),
         gate="linear",
         scale=1.0,
         path=paths.pop() if len(paths) == 1 else "auto",

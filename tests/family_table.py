@@ -40,13 +40,14 @@ def flops(name: str, N: int, K: int) -> int:
 
 def table() -> str:
     rows = [
-        f"| preset | source | update | trained entries | {SIZE}x{SIZE}, defaults | MFLOP per token | rank at most |",
+        f"| preset | source | update | trained entries | {SIZE}x{SIZE} | MFLOP per token | rank at most |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, p in PRESETS.items():
         count, work = parameters(name, SIZE, SIZE), flops(name, SIZE, SIZE) / 1e6
         rows.append(
-            f"| `{name}` | {p.source} | `{p.formula}` | `{p.parameters}` | {count:,} | {work:.2f} | `{p.rank}` |"
+            f"| `{name}` | {p.source} | `{p.formula}` | `{p.parameters}` "
+            f"| {count:,} | {work:.2f} | `{p.rank}` |"
         )
     return "\n".join(rows)
 

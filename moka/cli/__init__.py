@@ -1,5 +1,5 @@
-"""The command line, one file per command: `moka train | eval | chat | merge | export-lora | plan | bench |
-info | run`."""
+"""The command line, one file per command: `moka train | eval | chat | merge | export-lora | convert |
+analyze | plan | bench | info | run`."""
 
 from __future__ import annotations
 

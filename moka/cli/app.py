@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from ..errors import MokaError
-from . import bench, chat, export_lora, info, merge, plan, run, train
+from . import analyze, bench, chat, convert, export_lora, info, merge, plan, run, train
 from . import eval as evaluate
 from .console import err
 
@@ -53,6 +53,8 @@ app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("export-lora")(export_lora.export_lora)
+app.command("convert")(convert.convert)
+app.command("analyze")(analyze.analyze)
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)

@@ -63,8 +63,9 @@ def _format(figures: dict[str, float] | None) -> str:
     return f"loss {figures['loss']:.3f}" if figures and "loss" in figures else ""
 
 
-def print_json(values: dict[str, Any], path: Path | None = None) -> None:
+def print_json(values: dict[str, Any], path: Path | None = None, show: bool = True) -> None:
     """Results as JSON on stdout, and in a file if one is named."""
-    out.print_json(json.dumps(values))
+    if show:
+        out.print_json(json.dumps(values))
     if path is not None:
         write_atomic(path, (json.dumps(values, indent=2) + "\n").encode())

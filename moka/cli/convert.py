@@ -1,0 +1,48 @@
+"""`moka convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import MokaConfig
+from ..errors import ConfigError
+from .common import DtypeOption, ModelOption, QuantizeOption, base_of, load
+from .config import read_values
+from .console import out
+
+
+def convert(
+    adapter: Annotated[Path, typer.Option("--adapter", "-a", help="Folder of a LoRA, LoKr or MoKA.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the new adapter into.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER.yaml] [KEY=VALUE]...", show_default=False)
+    ] = None,
+    model: ModelOption = None,
+    quantize: QuantizeOption = "nf4",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Write a LoRA or a LoKr of peft as a MoKA, or a MoKA of one component per layer as a LoKr.
+
+    KEY=VALUE are fields of the new adapter's configuration, for a LoRA: r=4. What of its update is lost is
+    printed; a LoKr converts exactly.
+    """
+    from .. import convert as kinds
+    from ..checkpoint import load_adapter, save_adapter
+
+    kind = kinds.kind_of(adapter)
+    if overrides and kind != "LORA":
+        raise ConfigError(f"got {overrides}, expected no settings: a {kind} converts as it is")
+    config = MokaConfig.from_dict(read_values(overrides or []))
+    loaded, _ = load(model or base_of(adapter), None, quantize, dtype)
+    if kind == "MOKA":
+        kinds.to_lokr(load_adapter(loaded, adapter), output)
+    else:
+        if kind == "LORA":
+            out.print(str(kinds.from_lora(adapter, loaded, config)), highlight=False, soft_wrap=True)
+        else:
+            kinds.from_lokr(adapter, loaded)
+        save_adapter(loaded, output)
+    out.print(f"converted {adapter} into {output}", highlight=False)
