@@ -348,8 +348,8 @@ def _require_optimizer(folder: Path) -> None:
     for name in (OPTIMIZER, SCHEDULER):
         if not (folder / name).is_file():
             raise CheckpointFormatError(
-                f"{folder}: has no {name}, as after DeepSpeed or save_only_model; resume in the setup that wrote "
-                f"it, or load its adapter with moka.load_adapter and start a new run"
+                f"{folder}: has no {name}, as after DeepSpeed or save_only_model; resume in its setup, "
+                f"or load its adapter with moka.load_adapter and start a new run"
             )
 
 
