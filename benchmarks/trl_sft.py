@@ -40,7 +40,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from base import model_source  # pyright: ignore[reportMissingImports]
+from base import model_source
 
 CONFIGS = {  # the one line that differs: from MODULE import NAME as LoraConfig
     "LoRA": ("peft", "LoraConfig"),
