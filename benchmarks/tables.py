@@ -1,9 +1,9 @@
-"""Writes the tables of README.md, measured ones from the CSVs of benchmarks/results, between markers.
+"""Writes the tables of README.md and docs/peft.md, measured ones from benchmarks/results, between markers.
 
-    python benchmarks/tables.py            rewrite README.md
-    python benchmarks/tables.py --check    exit 1 and name the tables when README.md differs from the CSVs
+    python benchmarks/tables.py            rewrite the pages
+    python benchmarks/tables.py --check    exit 1 and name the tables when a page differs from the CSVs
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of TABLES.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of TABLES, or of ELSEWHERE.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from moka.rules import plan_shapes
 from moka.shapes import KronShape
 
 ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "peft.md")
+ELSEWHERE = ("scenarios",)  # written by tests/peft_table.py
 LEFT_OUT = ("4",)  # token counts that are in the CSV alone, to keep README short
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -90,6 +92,24 @@ def demo_table() -> str:
     return markdown(header, ([row[field] for field in fields] for row in read("demo.csv")))
 
 
+def trl_table() -> str:
+    """trl_sft.csv: a measure per line, a variant per column."""
+    rows = read("trl_sft.csv")
+    shown = {
+        "trainable parameters": "trainable", "seconds per step": "s_step",
+        "training loss, first 5 steps": "loss_first5", "last 5 steps": "loss_last5",
+        "held-out loss, base": "held_out_base", "after training": "held_out",
+        "stopped in the middle, resumed in a new process": "held_out_resumed",
+        "reloaded in a new process": "held_out_reloaded", "merged in 4 bits": "held_out_merged-4bit",
+        "merged into bf16": "held_out_merged-bfloat16", "merged into fp32": "held_out_merged-float32",
+        "largest difference of a step's loss after the resumption": "loss_difference_after_resume",
+        "largest relF of a tensor, resumed to uninterrupted": "weights_relF_resumed",
+    }  # fmt: skip
+    header = [f"{rows[0]['steps']} steps", *(row["variant"] for row in rows)]
+    lines = [[title, *(row[column] or "-" for row in rows)] for title, column in shown.items()]
+    return markdown(header, lines) + machine([{**rows[0], "dtype": "bfloat16"}])
+
+
 def parameters_table() -> str:
     """Trained parameters on the q and v projections, gates included; planned, not measured."""
     models = {  # layers, shapes [N, K] of q and v
@@ -147,6 +167,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops": ops_table,
     "parameters": parameters_table,
     "train": train_table,
+    "trl-sft": trl_table,
     **tables_cuda.TABLES,
 }
 
@@ -160,6 +181,8 @@ def generate(text: str) -> tuple[str, list[str]]:
     changed = []
 
     def replace(match: re.Match[str]) -> str:
+        if match[2] in ELSEWHERE:
+            return match[0]
         new = f"{match[1]}{TABLES[match[2]]()}{match[3]}"
         if new != match[0]:
             changed.append(match[2])
@@ -173,17 +196,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 when README.md is out of date"
+        "--check", action="store_true", help="change nothing; exit 1 when a page is out of date"
     )
-    options.add_argument("--file", type=Path, default=ROOT / "README.md", help="default: %(default)s")
     args = options.parse_args()
-    text, changed = generate(args.file.read_text(encoding="utf-8"))
-    if args.check and changed:
-        sys.exit(f"{args.file.name}: tables differ from benchmarks/results: {', '.join(changed)}; "
-                 f"run `python benchmarks/tables.py`")  # fmt: skip
-    if not args.check:
-        args.file.write_text(text, encoding="utf-8")
-        print(f"{args.file}: {len(changed)} tables changed")
+    for page in PAGES:
+        text, changed = generate(page.read_text(encoding="utf-8"))
+        if args.check and changed:
+            sys.exit(f"{page.name}: tables differ from benchmarks/results: {', '.join(changed)}; "
+                     f"run `python benchmarks/tables.py`")  # fmt: skip
+        if not args.check:
+            page.write_text(text, encoding="utf-8")
+            print(f"{page}: {len(changed)} tables changed")
 
 
 if __name__ == "__main__":

@@ -131,6 +131,20 @@ def test_an_incomplete_checkpoint_is_passed_over(whole, tmp_path, damage):
         make_trainer(settings(tmp_path)).train(resume_from_checkpoint=str(newest))
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_complete_checkpoint_of_another_setup_is_refused(whole, tmp_path, name):
+    """DeepSpeed writes other files; without these two the run would start afresh from the adapter."""
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(Path(whole[0].output) / "checkpoint-4", checkpoint)
+    (checkpoint / name).unlink()
+    sizes = json.loads((checkpoint / module.MANIFEST).read_text())
+    del sizes[name]
+    (checkpoint / module.MANIFEST).write_text(json.dumps(sizes))
+    for resume in (str(checkpoint), True):
+        with pytest.raises(CheckpointFormatError, match=f"has no {name}"):
+            make_trainer(settings(tmp_path)).train(resume_from_checkpoint=resume)
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(StateError, match="no complete checkpoint"):
         make_trainer(settings(tmp_path)).train(resume_from_checkpoint=True)

@@ -174,7 +174,7 @@ class MokaTrainer(Trainer):
 
         Raises:
             StateError: True, but there is no complete checkpoint.
-            CheckpointFormatError: the named checkpoint is incomplete.
+            CheckpointFormatError: the named checkpoint is incomplete, or DeepSpeed's and this run is not.
             CheckpointMismatchError: the checkpoint's adapter is not the one in the model.
             ConfigError: the processes differ, or `check_distributed` refuses the setup.
         """
@@ -186,6 +186,8 @@ class MokaTrainer(Trainer):
             raise CheckpointFormatError(
                 f"{resume_from_checkpoint}: {problem}; resume from an earlier checkpoint"
             )
+        if resume_from_checkpoint and not self.is_deepspeed_enabled:
+            _require_optimizer(Path(resume_from_checkpoint))
         shared = {name: getattr(self.args, name) for name in SHARED_ARGUMENTS}
         check_distributed(self.model, resume_from_checkpoint=resume_from_checkpoint, **shared)
         if self.is_fsdp_enabled:  # accelerate shards it
@@ -339,6 +341,16 @@ def checkpoint_problem(folder: Path) -> str | None:
         if not path.is_file() or path.stat().st_size != size:
             return f"incomplete: {name} is missing or is not {size} bytes long"
     return None
+
+
+def _require_optimizer(folder: Path) -> None:
+    """transformers would start the optimizer and the learning rate afresh, without a word."""
+    for name in (OPTIMIZER, SCHEDULER):
+        if not (folder / name).is_file():
+            raise CheckpointFormatError(
+                f"{folder}: has no {name}, as after DeepSpeed or save_only_model; resume in its setup, "
+                f"or load its adapter with moka.load_adapter and start a new run"
+            )
 
 
 def first_nonfinite_module(model: nn.Module, inputs: dict[str, Any]) -> str:
