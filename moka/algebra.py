@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .layers import MokaLinear
+
+if TYPE_CHECKING:
+    from .layers import MokaLinear
 
 Terms = Sequence[tuple[Tensor, Tensor]]
 

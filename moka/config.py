@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
 ShapeSpec = str | tuple[tuple[int | str, ...], ...]
 #: What an adapter can train, in the order of `MokaLinear.adapter_layer_names`.
-PARTS = ("A", "B", "gate")
+PARTS = ("A", "B", "gate", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class MokaConfig:
             gate; "sqrt" its square root, for an output that does not grow with r (rsLoRA's rule).
         init: "default" (A random, B zero), "swapped", or "svd" (the leading Kronecker components of the base
             weight, with a gate of zeros: for gate="matrix" or "linear").
-        train: which of "A", "B" and "gate" are trained; the others stay as they start.
+        magnitude: train the norm of each row apart from its direction (DoRA, `moka/magnitude.py`).
+        train: which of "A", "B", "gate" and "magnitude" are trained; the others stay as they start.
         tie: "A" or "B": the layers whose components agree share these factors; None: each has its own.
         nested: in a training step each layer uses its first k components, k drawn anew, so that every prefix
             is an adapter (DyLoRA, arXiv 2210.07558).
@@ -78,6 +79,7 @@ class MokaConfig:
     gate_temperature: float = 1.0
     scale: float | str | None = None
     init: str = "default"
+    magnitude: bool = False
     train: Sequence[str] = PARTS
     tie: str | None = None
     nested: bool = False
@@ -132,9 +134,11 @@ class MokaConfig:
                 self._set(name, _check_number(name, getattr(self, name)))
                 if getattr(self, name) <= 0:
                     _fail(name, getattr(self, name), f"a number above 0{', None or sqrt' if special else ''}")
-        for name in ("strict", "nested"):
+        for name in ("strict", "nested", "magnitude"):
             if not isinstance(getattr(self, name), bool):
                 _fail(name, getattr(self, name), "True or False")
+        if self.magnitude and (self.dropout or self.gate == "routed"):
+            _fail("magnitude", True, "dropout=0 and a gate that is the same for all tokens with it")
         if self.init == "svd" and self.gate not in ("matrix", "linear"):
             _fail("init", self.init, "gate='matrix' or 'linear' with it, which can be zero")
 

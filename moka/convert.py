@@ -190,6 +190,8 @@ def to_lokr(model: nn.Module, folder: str | Path, adapter_name: str = "default")
     except ImportError as error:
         raise ImportError("to_lokr needs peft, for its rule of factor shapes; install moka[peft]") from error
     layers = exportable_layers(model, adapter_name)
+    if any(adapter_name in layer.moka_magnitude for layer in layers.values()):
+        raise ConfigError(f"to_lokr: adapter {adapter_name!r} has a magnitude, which a LoKr of peft has not")
     refuse_other_adapter(Path(folder), "LOKR")
     shapes = {path: layer.shapes[adapter_name] for path, layer in layers.items()}
     every = [shape for kinds in shapes.values() for shape in kinds]

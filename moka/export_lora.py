@@ -201,7 +201,9 @@ def refuse_other_adapter(directory: Path, kind: str) -> None:
 
 
 def _rank_bound(layer: MokaLinear, name: str) -> int:
-    """`sum_i rank A_i * rank B_i`, by the sizes of the factors."""
+    """`sum_i rank A_i * rank B_i`, by the sizes of the factors; any rank if rows are scaled."""
+    if name in layer.moka_magnitude:
+        return min(layer.out_features, layer.in_features)
     return sum(min(s.ma, s.na) * min(s.mb, s.nb) for s in layer.shapes[name])
 
 

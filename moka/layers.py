@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import bases, branches, functional, gates, reference
+from . import bases, branches, functional, gates, magnitude, reference
 from .bases import NF4Linear
 from .config import PARTS, MokaConfig
 from .errors import ConfigError, StateError
@@ -52,7 +52,8 @@ class MokaLinear(nn.Module):
     Attributes:
         moka_A, moka_B: adapter name -> all factors `A_i` (`B_i`), row-major and concatenated; `factors` has
             views.
-        moka_gate: adapter name -> gate logits `[r]` fp32; no entry for gate="none".
+        moka_gate: adapter name -> gate logits, fp32, most often `[r]`; no entry for gate="none".
+        moka_magnitude: adapter name -> row norms `[N]` fp32, with magnitude=True.
         shapes, configs, scaling: adapter name -> component shapes, configuration, scale.
         forms: adapter name -> how its factors become dense, and what the operators take.
         active_adapters: the adapters that take part in `forward`, added up.
@@ -63,7 +64,7 @@ class MokaLinear(nn.Module):
         rows: which row of the batch goes through which adapter, within `moka.mixed_batch`.
     """
 
-    adapter_layer_names = ("moka_A", "moka_B", "moka_gate")
+    adapter_layer_names = ("moka_A", "moka_B", "moka_gate", "moka_magnitude")
     other_param_names = ("shapes", "configs", "scaling", "forms")
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -72,6 +73,7 @@ class MokaLinear(nn.Module):
         self.in_features: int = base_layer.in_features  # pyright: ignore[reportAttributeAccessIssue]
         self.out_features: int = base_layer.out_features  # pyright: ignore[reportAttributeAccessIssue]
         self.moka_A, self.moka_B, self.moka_gate = nn.ParameterDict(), nn.ParameterDict(), GateDict()
+        self.moka_magnitude = GateDict()
         self.shapes: dict[str, tuple[KronShape, ...]] = {}
         self.configs: dict[str, MokaConfig] = {}
         self.scaling: dict[str, float] = {}
@@ -102,6 +104,9 @@ class MokaLinear(nn.Module):
         logits = gates.logit_shape(config.gate, len(shapes), self.in_features)
         if logits is not None:
             self.moka_gate[name] = nn.Parameter(torch.empty(logits, device=device, dtype=torch.float32))
+        if config.magnitude:
+            norms = torch.empty(self.out_features, device=device, dtype=torch.float32)
+            self.moka_magnitude[name] = nn.Parameter(norms)
         self.shapes[name], self.configs[name] = tuple(shapes), config
         self.scaling[name] = config.scale_for(len(shapes))
         self.forms[name] = branches.form_of(shapes)
@@ -123,6 +128,8 @@ class MokaLinear(nn.Module):
             init_factors_(A, B, shapes, config.init)
         if name in self.moka_gate:
             gates.reset_logits_(config.gate, self.moka_gate[name], zero=config.init == "svd")
+        if config.magnitude and not A.is_meta:
+            self.moka_magnitude[name].copy_(magnitude.row_norms(self, None))
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter.
@@ -152,14 +159,15 @@ class MokaLinear(nn.Module):
 
     def freeze(self, trainable: Sequence[str]) -> None:
         """Makes what these adapters train trainable (`MokaConfig.train`), and nothing else."""
-        for part, table in zip(PARTS, self._tables(), strict=True):
+        for part, table in zip(PARTS, self.tables(), strict=True):
             for name, parameter in table.items():
                 trained = name in trainable and part in self.configs[name].train
                 # DistributedDataParallel waits for the gradient of every trainable parameter
                 parameter.requires_grad_(trained and parameter.numel() > 0)
 
-    def _tables(self) -> tuple[nn.ParameterDict, ...]:
-        return self.moka_A, self.moka_B, self.moka_gate
+    def tables(self) -> tuple[nn.ParameterDict, ...]:
+        """The parameters by adapter name, in the order of `adapter_layer_names`."""
+        return self.moka_A, self.moka_B, self.moka_gate, self.moka_magnitude
 
     def used_adapters(self) -> list[str]:
         """The active adapters that this layer has."""
@@ -191,8 +199,16 @@ class MokaLinear(nn.Module):
         bias: Any = base.bias
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
-        mixture = (*factors, flatten_shapes(shapes))
-        y = functional.linear(inputs, bases.op_args(base), bias, mixture, self.configs[names[0]].path)
+        mixture, path = (*factors, flatten_shapes(shapes)), self.configs[names[0]].path
+        directed = [name for name in names if name in self.moka_magnitude]
+        if not directed:
+            y = functional.linear(inputs, bases.op_args(base), bias, mixture, path)
+        elif len(names) == 1:
+            y = functional.linear(inputs, bases.op_args(base), None, mixture, path)
+            y = y * magnitude.direction(self, names[0]).to(y.dtype)
+            y = y if bias is None else y + bias
+        else:
+            raise StateError(f"adapters {directed} set the norm of each row, so no others can be added")
         return y if y.dtype == x.dtype or not bases.is_linear4bit(base) else y.to(x.dtype)
 
     def _apart(self, name: str, x: Tensor) -> bool:
@@ -200,7 +216,7 @@ class MokaLinear(nn.Module):
         config = self.configs[name]
         if config.gate == "routed" or (self.training and config.dropout):  # the mixture sees another input
             return True
-        low_rank = self.forms[name].low_rank and config.path != "merged"
+        low_rank = self.forms[name].low_rank and config.path != "merged" and not config.magnitude
         return low_rank and (config.path == "factored" or not x.is_cuda)
 
     def update(self, x: Tensor, name: str) -> Tensor:
@@ -297,7 +313,8 @@ class MokaLinear(nn.Module):
         if not names:
             return zero
         A, B, alpha, shapes = self.mixture(names)
-        return functional.kron_add(zero.to(A.dtype), A, B, alpha, shapes).float()
+        delta = functional.kron_add(zero.to(A.dtype), A, B, alpha, shapes).float()
+        return delta if names[0] not in self.moka_magnitude else magnitude.change(self, names[0], delta)
 
     def base_weight(self) -> NF4Weight | Tensor:
         """The frozen weight `[N, K]`: of the base layer as it is now."""

@@ -30,6 +30,7 @@ SHAPING = (
     "gate_temperature",
     "scale",
     "tie",
+    "magnitude",
     "r_pattern",
     "modules_to_save",
     "adapter_dtype",
@@ -54,6 +55,8 @@ def expected_tensors(model: nn.Module, config: MokaConfig, targets: list[Target]
         logits = logit_shape(config.gate, len(target.shapes), target.in_features)
         if logits is not None:
             layout[prefix + "moka_gate"] = logits, torch.float32
+        if config.magnitude:
+            layout[prefix + "moka_magnitude"] = (target.out_features,), torch.float32
     for path, module in _modules_to_save(model, config, targets):
         original = module.original_module if isinstance(module, TrainedCopy) else module
         for name, tensor in original.state_dict().items():

@@ -142,7 +142,14 @@ def _merged_layer(
         if not tensor.isfinite().all():
             raise NonFiniteError(f"{path}: {name} of adapter {names} holds NaN or infinity; train it again")
     base, bias = layer.base_weight(), layer.bias
-    if isinstance(base, NF4Weight):
+    delta = None
+    if directed := [name for name in names if name in layer.moka_magnitude]:
+        if len(names) > 1:
+            raise StateError(f"{path}: {directed} set the norm of each row, so no others can be added")
+        delta = layer.delta_weight(names[0])
+        before = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base
+        after = (before + delta).to(into or before.dtype)
+    elif isinstance(base, NF4Weight):
         before = base.dequantize(torch.float32)
         after = base.dequantize(into or torch.float32, mixture)
     else:
@@ -155,7 +162,8 @@ def _merged_layer(
     else:
         packed = replace(nf4.quantize(after, base.blocksize, base.double_quant), dtype=base.dtype)
         new, after = NF4Linear(packed, bias), packed.dequantize(torch.float32)
-    delta = functional.kron_add(torch.zeros_like(before, dtype=torch.float32), *mixture)
+    if delta is None:
+        delta = functional.kron_add(torch.zeros_like(before, dtype=torch.float32), *mixture)
     loss = (after.float() - before.float()).sub_(delta).norm() / delta.norm()
     return new, loss.item() if delta.any() else 0.0
 

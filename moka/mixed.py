@@ -73,7 +73,7 @@ class Rows:
         few = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and 0 < tokens <= FEW_TOKENS
         if torch.is_grad_enabled() or not few or len({layer.shapes[name] for name in names}) != 1:
             return None
-        tables = [layer.moka_A, layer.moka_B, layer.moka_gate]
+        tables = layer.tables()
         versions = [table[name]._version for table in tables for name in names if name in table]
         found, stacked = self._stacks.get(layer, (None, None))
         if stacked is None or found != versions:
@@ -116,6 +116,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], repeats: int = 1
     if not adapter_names or (unknown := [name for name in rows.names if name not in known]):
         got = unknown if adapter_names else list(adapter_names)
         raise ConfigError(f"adapter_names: got {got}, expected one of {[*known, rows.BASE]} for each row")
+    if directed := [n for n in rows.names if any(n in layer.moka_magnitude for layer in layers)]:
+        raise ConfigError(f"adapter_names: {directed} set the norm of each row (magnitude), one for all rows")
     copies = [n for n in rows.names if any(n in m.modules_to_save for m in saved_modules(model).values())]
     if copies:
         raise ConfigError(f"adapter_names: {copies} have modules_to_save, which cannot be mixed in a batch")

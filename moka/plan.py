@@ -131,6 +131,7 @@ def plan(
     factors = sum(shape.a_numel + shape.b_numel for target in targets for shape in target.shapes)
     logits = (logit_shape(config.gate, len(target.shapes), target.in_features) for target in targets)
     gates = sum(math.prod(shape) for shape in logits if shape is not None)
+    gates += sum(target.out_features for target in targets) if config.magnitude else 0
     linears = {
         path: _sizes(m) for path, m in walk(model) if isinstance(m, (MokaLinear, NF4Linear, nn.Linear))
     }

@@ -139,7 +139,7 @@ def _summarize(layer: MokaLinear, name: str, paths: list[str]) -> LayerSummary:
         notes.append(f"adapter {name} is merged into the base weight")
     elif name not in layer.active_adapters:
         notes.append(f"adapter {name} is not active")
-    tables = (layer.moka_A, layer.moka_B, layer.moka_gate)
+    tables = layer.tables()
     compute_dtype = getattr(base, "compute_dtype", None) if is_linear4bit(base) else None
     return LayerSummary(
         path=paths[0],

@@ -34,6 +34,11 @@ class Target:
     shapes: tuple[KronShape, ...]
 
     @property
+    def out_features(self) -> int:
+        """N of the layer."""
+        return self.shapes[0].ma * self.shapes[0].mb
+
+    @property
     def in_features(self) -> int:
         """K of the layer."""
         return self.shapes[0].na * self.shapes[0].nb

@@ -33,6 +33,9 @@ def combination_config(
     known = list(dict.fromkeys(name for layer in layers.values() for name in layer.configs))
     if not adapters or len(set(adapters)) != len(adapters) or not set(adapters) <= set(known):
         raise ConfigError(f"adapters: got {list(adapters)}, expected different ones of {known}")
+    special = [name for name in adapters if any(_has_no_sum(layer, name) for layer in layers.values())]
+    if special:
+        raise ConfigError(f"adapters: {special} have a gate or a magnitude that rules out a sum")
     if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
         raise ConfigError(f"weights: got {list(weights)}, expected {len(adapters)} finite numbers")
     shapes = {
@@ -50,6 +53,12 @@ def combination_config(
         scale=1.0,
         path=paths.pop() if len(paths) == 1 else "auto",
         strict=False,
+    )
+
+
+def _has_no_sum(layer: MokaLinear, name: str) -> bool:
+    return name in layer.moka_magnitude or (
+        name in layer.configs and layer.configs[name].gate in ("matrix", "routed")
     )
 
 

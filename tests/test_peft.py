@@ -57,7 +57,7 @@ def test_configuration_has_the_fields_of_moka():
     fields = {
         "target_modules": ["q"], "exclude_modules": ["k"], "layers_to_transform": (1,), "r": 3,
         "gate": "linear", "shapes": {"q": "identity"}, "scale": 2.0, "init": "swapped", "dropout": 0.1,
-        "gate_temperature": 2.0, "train": ("A", "gate"), "tie": "A", "nested": True,
+        "gate_temperature": 2.0, "train": ("A", "gate"), "tie": "A", "nested": True, "magnitude": False,
         "gate_dropout": 0.2, "path": "factored", "r_pattern": {"q": 2}, "modules_to_save": ["n"],
         "adapter_dtype": "bfloat16", "strict": False,
     }  # fmt: skip

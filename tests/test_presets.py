@@ -323,3 +323,60 @@ def test_a_file_with_untied_factors_is_refused(tmp_path):
     moka.save_adapter(model, tmp_path)
     with pytest.raises((CheckpointMismatchError, MokaError), match="tie"):
         moka.load_adapter(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_magnitude(base, tmp_path):
+    def build() -> nn.Module:
+        model = tiny_model()
+        return moka.quantize(model) if base == "nf4" else model
+
+    model = build()
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        untouched = model(ids).logits
+    moka.inject(model, moka.MokaConfig(target_modules=["q_proj", "down_proj"], r=4, magnitude=True))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, untouched, rtol=1e-4, atol=1e-4)
+    randomize(model)
+    for layer in adapter_layers(model).values():
+        with torch.no_grad():
+            layer.moka_magnitude["default"].abs_()
+        weight = layer.base_weight()
+        W = (weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)).double()
+        dW = sum(
+            a.double() * torch.kron(A, B).double()
+            for a, (A, B) in zip(layer.alpha("default").detach(), layer.factors("default"), strict=True)
+        )
+        m = layer.moka_magnitude["default"].double()
+        expected = (W + dW) * (m / (W + dW).norm(dim=1))[:, None]
+        torch.testing.assert_close(
+            W + layer.delta_weight("default").double(),
+            expected,
+            rtol=1e-4,
+            atol=1e-5 * expected.abs().max().item(),
+        )
+        x = torch.randn(3, layer.in_features)
+        torch.testing.assert_close(layer(x).double(), x.double() @ expected.T, rtol=1e-3, atol=1e-4)
+        # the norms are constants in the backward pass
+        layer.zero_grad()
+        layer(x).sum().backward()
+        gradient = x.double().sum(0) @ ((W + dW) / (W + dW).norm(dim=1)[:, None]).T
+        torch.testing.assert_close(
+            layer.moka_magnitude["default"].grad.double(), gradient, rtol=1e-3, atol=1e-4
+        )
+    with torch.no_grad():
+        before = model(ids).logits
+        moka.save_adapter(model, tmp_path)
+        torch.testing.assert_close(moka.load_adapter(build(), tmp_path)(ids).logits, before)
+        moka.merge(model, into=torch.float32)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)
+        moka.unmerge(model)
+    moka.inject(model, moka.MokaConfig(target_modules=["q_proj"], r=2), "other")
+    moka.set_adapter(model, ["default", "other"])
+    with pytest.raises(StateError, match="norm of each row"):
+        model(ids)
+    with pytest.raises(ConfigError, match="magnitude"), moka.mixed_batch(model, ["default", "other"]):
+        pass
+    with pytest.raises(ConfigError, match="magnitude"):
+        moka.MokaConfig(magnitude=True, dropout=0.1)

@@ -107,7 +107,7 @@ def full_adapters(model: nn.Module) -> Iterator[None]:
     before: list[tuple[nn.ParameterDict, str, nn.Parameter]] = []
     try:
         for layer in adapter_layers(model).values():
-            for table in (layer.moka_A, layer.moka_B, layer.moka_gate):
+            for table in layer.tables():
                 for name, parameter in table.items():
                     before.append((table, name, parameter))
                     table[name] = nn.Parameter(full_tensor(parameter.detach()), requires_grad=False)

@@ -64,6 +64,7 @@ class MokaConfig(PeftConfig):
     gate_temperature: float = 1.0
     scale: float | str | None = None
     init: str = "default"
+    magnitude: bool = False
     train: list[str] | tuple[str, ...] = PARTS
     tie: str | None = None
     nested: bool = False

@@ -53,7 +53,7 @@ class MokaPeftLinear(MokaLinear, BaseTunerLayer):  # peft looks for "Linear" in 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         """peft calls this wherever it has made all parameters of its layers trainable."""
         self.freeze(
-            [name for name in self.configs if any(t[name].requires_grad for t in self._tables() if name in t)]
+            [name for name in self.configs if any(t[name].requires_grad for t in self.tables() if name in t)]
         )
 
     def delete_adapter(self, adapter_name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -93,7 +93,7 @@ class MokaPeftLinear(MokaLinear, BaseTunerLayer):  # peft looks for "Linear" in 
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """Moves an adapter but keeps its dtype: the operators take fp32 factors beside any base."""
-        for table in (self.moka_A, self.moka_B, self.moka_gate):
+        for table in self.tables():
             if adapter_name in table and not table[adapter_name].is_meta:
                 parameter = table[adapter_name]
                 parameter.data = parameter.data.to(device or self.weight_device())
