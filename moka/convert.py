@@ -84,7 +84,7 @@ def from_lora(
             f"{source}: {extras} have no counterpart; merge the LoRA with peft instead"
         )
     updates = {}
-    for path, parts in _by_layer(tensors, r"lora_(A|B)(?:\.\w+)?\.weight", {"A", "B"}).items():
+    for path, parts in _by_layer(tensors, r"lora_(A|B)(?:\.[\w-]+)?\.weight", {"A", "B"}).items():
         A, B = parts["A"].float(), parts["B"].float()
         alpha = _pattern(settings, "alpha_pattern", path, settings.get("lora_alpha"))
         rank = math.sqrt(len(A)) if settings.get("use_rslora") else len(A)

@@ -256,10 +256,13 @@ def _ranked(adapter: Adapter, scores: Scores | None) -> list[tuple[str, int, flo
     """(path, index, score) of all components, the best of each layer first, then by falling score."""
     ranked = []
     for path, layer in adapter.layers.items():
-        update = algebra.terms(layer, adapter.name)
-        values = algebra.importance(update) if scores is None else scores.get(path, torch.empty(0))
-        if values.shape != (len(update),):
-            raise ConfigError(f"scores: got {list(values.shape)} for {path}, expected [{len(update)}]")
+        r = len(layer.shapes[adapter.name])
+        if scores is None:
+            values = algebra.importance(algebra.terms(layer, adapter.name))
+        else:
+            values = scores.get(path, torch.empty(0))
+        if values.shape != (r,):
+            raise ConfigError(f"scores: got {list(values.shape)} for {path}, expected [{r}]")
         if not values.isfinite().all():
             raise NonFiniteError(f"scores: those of {path} hold NaN or infinity; nothing was changed")
         best = int(values.argmax())
@@ -307,12 +310,12 @@ def _rebuild(
         states[path] = _changed(layer, name, _core(after), kept[path], shapes[path], restricted)
     optimizers = optimizers_of(model)
     with contextlib.ExitStack() as undo:
+        undo.callback(configs.__setitem__, name, before)
+        configs[name] = after
         for path, layer in layers.items():
             before_it = {table: getattr(layer, table)[name] for table in states[path]}
             undo.callback(_set_state, layer, name, before_it)
             _set_state(layer, name, states[path])
-        undo.callback(configs.__setitem__, name, before)
-        configs[name] = after
         undo.pop_all()
     warn_about_optimizers(model, optimizers, call, stacklevel=4)
     return {path: len(shapes[path]) for path in layers}

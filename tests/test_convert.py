@@ -181,6 +181,19 @@ def test_lokr_there_and_back(fields, tmp_path):
     convert.to_lokr(loaded, tmp_path / "back")  # over its own kind
 
 
+@torch.no_grad()
+def test_gate_and_scale_go_into_the_lokr(tmp_path):
+    config = MokaConfig(["q_proj"], shapes=[(8, 8, 8, 8, 2)], gate="linear", scale=0.5)
+    model = moka.inject(tiny_model(), config)
+    for layer in moka.adapter_layers(model).values():
+        nn.init.normal_(layer.moka_A["default"])
+        layer.moka_gate["default"].fill_(-3.0)
+    convert.to_lokr(model, tmp_path)
+    lokr = peft.PeftModel.from_pretrained(tiny_model(), str(tmp_path))
+    for path, delta in deltas(lokr).items():
+        assert relative_error(delta, moka.delta_weight(model.get_submodule(path))) < 1e-6
+
+
 def test_alpha_beside_the_factors(tmp_path):
     lokr = by_peft(peft.LoKrConfig(target_modules=["q_proj"], r=2, alpha=2), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
