@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,19 +29,17 @@ from .export_lora import (
     Export,
     ExportedLayer,
     exportable_layers,
-    low_rank,
     peft_fields,
     refuse_other_adapter,
     write_adapter,
 )
 from .inject import adapter_layers, inject
+from .kpsvd import Terms, fit
 from .layers import MokaLinear
 from .layout import PREFIX
 from .shapes import KronShape, explicit_shapes
 from .targets import find_targets
 
-SWEEPS = 4  # turns of the fit over different shapes; each lowers the error
-Terms = list[tuple[Tensor, Tensor]]
 #: What of peft's LoRA changes the update or reaches beyond it.
 LORA_EXTRAS = (
     "use_dora",
@@ -145,27 +142,34 @@ def from_lokr(folder: str | Path, model: nn.Module, adapter_name: str = "default
         >>> model = moka.convert.from_lokr("lokr", model)          # doctest: +SKIP
     """
     settings, tensors = _read(Path(folder), "LOKR")
-    terms = {}
+    shapes, values = {}, {}
     for path, parts in _by_layer(tensors, r"(lokr_w[12](?:_[ab])?|alpha)", set()).items():
-        pair, rank = [], None
-        for side in ("lokr_w1", "lokr_w2"):
-            if side not in parts and f"{side}_a" in parts and f"{side}_b" in parts:
-                rank = len(parts[f"{side}_b"])
-                parts[side] = parts[f"{side}_a"].float() @ parts[f"{side}_b"].float()
-            if side not in parts or parts[side].ndim != 2:
+        found = []
+        for name in ("lokr_w1", "lokr_w2"):
+            names = [name] if name in parts else [f"{name}_a", f"{name}_b"]
+            side = [parts[part] for part in names if part in parts]
+            if len(side) != len(names) or any(part.ndim != 2 for part in side):
                 got = {part: list(tensor.shape) for part, tensor in parts.items()}
-                raise CheckpointMismatchError(f"{folder}: {path} has {got}, expected a matrix {side}")
-            pair.append(parts[side].float())
+                raise CheckpointMismatchError(f"{folder}: {path} has {got}, expected a matrix {name}")
+            found.append([part.float() for part in side])
+        rank = next((len(side[1]) for side in reversed(found) if len(side) == 2), None)
         if "alpha" in parts:
             scale = parts["alpha"].item() / rank if rank else 1.0  # LyCORIS: full factors have a scale of 1
         else:
             scale = _pattern(settings, "alpha_pattern", path, settings.get("alpha", 8))  # peft's defaults
             scale /= _pattern(settings, "rank_pattern", path, settings.get("r", 8))
-        terms[path] = [(pair[0], scale * pair[1])]
-    shapes = explicit_shapes({path: [(*A.shape, *B.shape)] for path, [(A, B)] in terms.items()})
-    config = MokaConfig(list(shapes), shapes=shapes, gate="none", scale=1.0, strict=False)
+        found[1][0] = scale * found[1][0]
+        sizes = [size for side in found for size in (len(side[0]), side[-1].shape[1])]
+        kinds = [f"lowrank({len(side[1])})" if len(side) == 2 else "dense" for side in found]
+        shapes[path] = [(*sizes, 0, *kinds)]
+        values[path] = [torch.cat([part.flatten() for part in side]) for side in found]
+    config = MokaConfig(list(shapes), shapes=explicit_shapes(shapes), gate="none", scale=1.0, strict=False)
     inject(model, config, adapter_name)
-    _fill(model, adapter_name, terms)
+    with torch.no_grad():
+        for path, layer in adapter_layers(model).items():
+            if path in values:
+                layer.moka_A[adapter_name].copy_(values[path][0])
+                layer.moka_B[adapter_name].copy_(values[path][1])
     return model
 
 
@@ -214,36 +218,6 @@ def to_lokr(model: nn.Module, folder: str | Path, adapter_name: str = "default")
 
 
 @torch.no_grad()
-def fit(update: Tensor, shapes: tuple[KronShape, ...]) -> Terms:
-    """Terms of these shapes whose sum is near `update [N, K]`: nearest if they share one shape."""
-    terms: Terms = [(update.new_zeros(s.ma, s.na), update.new_zeros(s.mb, s.nb)) for s in shapes]
-    sizes, rest = Counter(shapes), update.clone()
-    for sweep in range(SWEEPS if len(sizes) > 1 else 1):
-        for shape, count in sizes.items():
-            at = [i for i, other in enumerate(shapes) if other == shape]
-            if sweep:
-                rest += sum(torch.kron(*terms[i]) for i in at)
-            for i, term in zip(at, _nearest(rest, shape, count), strict=True):
-                terms[i] = term
-            rest -= sum(torch.kron(*terms[i]) for i in at)
-    return terms
-
-
-def _nearest(matrix: Tensor, s: KronShape, k: int) -> Terms:
-    blocks = matrix.view(s.ma, s.mb, s.na, s.nb)
-    if s.identity == 1:  # the mean of the diagonal blocks; equal components share it
-        B = blocks.diagonal(dim1=0, dim2=2).mean(-1) / k
-        return [(torch.eye(s.ma).to(matrix), B)] * k
-    if s.identity == 2:
-        A = blocks.diagonal(dim1=1, dim2=3).mean(-1) / k
-        return [(A, torch.eye(s.mb).to(matrix))] * k
-    rearranged = blocks.permute(0, 2, 1, 3).reshape(s.ma * s.na, s.mb * s.nb)
-    B, A = low_rank(rearranged, min(rearranged.shape), k, None)
-    A, B = nn.functional.pad(A, (0, k - len(B))), nn.functional.pad(B, (0, 0, 0, k - len(B)))
-    return [(A[:, i].reshape(s.ma, s.na), B[i].view(s.mb, s.nb)) for i in range(k)]
-
-
-@torch.no_grad()
 def _fit_all(
     updates: Mapping[str, Callable[[], Tensor]], model: nn.Module, config: MokaConfig, name: str
 ) -> Export:
@@ -254,6 +228,8 @@ def _fit_all(
     terms, report = {}, []
     for path, update in updates.items():
         module: Any = targets[path].module
+        if any(shape.fields != tuple(shape.expanded[:5]) for shape in targets[path].shapes):
+            raise ConfigError(f"shapes: got {config.shapes!r}, expected dense or identity factors to fit to")
         base = module.base_layer if isinstance(module, MokaLinear) else module
         size: Any = (base.out_features, base.in_features)
         W = update().to(device_of(base))

@@ -135,7 +135,7 @@ def export_lora(
             raise NonFiniteError(
                 f"{path}: the update of adapter {adapter_name!r} holds NaN or infinity; nothing was written"
             )
-        A, B = low_rank(delta, _rank_bound(layer, adapter_name), rank, energy)
+        A, B = _low_rank(delta, _rank_bound(layer, adapter_name), rank, energy)
         figures = (t.double().square().sum().item() for t in (delta, delta - B @ A))
         exported.append(ExportedLayer(path, (B.shape[0], A.shape[1]), len(A), *figures))
         factors[path] = A.cpu().contiguous(), B.cpu().contiguous()
@@ -207,7 +207,7 @@ def _rank_bound(layer: MokaLinear, name: str) -> int:
     return sum(min(s.ma, s.na) * min(s.mb, s.nb) for s in layer.shapes[name])
 
 
-def low_rank(delta: Tensor, bound: int, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
+def _low_rank(delta: Tensor, bound: int, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
     """`A [r, K]` and `B [N, r]` with B A nearest to the update, for the rank that is asked for."""
     full = min(delta.shape)
     needed = min(full, bound, *([] if rank is None else [rank + OVERSAMPLE]))
