@@ -17,6 +17,7 @@ from .presets import preset, presets
 from .quantize import quantize
 from .rank import grow, importance, prune, reallocate, truncate
 from .rates import param_groups, routing_loss
+from .start import start
 from .summary import summary
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "shard",
+    "start",
     "summary",
     "truncate",
     "unmerge",

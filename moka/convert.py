@@ -37,7 +37,7 @@ from .inject import adapter_layers, inject
 from .kpsvd import Terms, fit
 from .layers import MokaLinear
 from .layout import PREFIX
-from .shapes import KronShape, explicit_shapes
+from .shapes import explicit_shapes
 from .targets import find_targets
 
 #: What of peft's LoRA changes the update or reaches beyond it.
