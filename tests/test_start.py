@@ -93,7 +93,7 @@ def test_gradient_start_is_the_kronecker_svd_of_the_gradient():
             held = (U.T @ R).norm(dim=1)
             assert (held.diff() <= 1e-4).all() and held.square().sum() > 0.88 * sigma.square().sum()
             # at random: as many of all the directions as there are components
-            assert held.square().sum() > 3 * R.square().sum() * len(at) / min(R.shape)
+            assert held.square().sum() > 1.8 * R.square().sum() * len(at) / min(R.shape)
         assert not layer.moka_B["default"].any()
 
 
