@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +11,19 @@ from torch import Tensor, nn
 
 from . import functional, nf4
 from .nf4 import NF4Weight
+
+
+@dataclass(frozen=True)
+class MergedBase:
+    """What a layer's base was before an adapter was merged into it, or its start taken out.
+
+    Attributes:
+        original: the base layer before, whole: the layer holds both weights.
+        error: |applied - delta| / |delta| in the Frobenius norm, what rounding took from the update.
+    """
+
+    original: nn.Module
+    error: float
 
 
 class NF4Linear(nn.Module):
@@ -120,6 +134,26 @@ def weight_of(layer: Any) -> NF4Weight | Tensor:
     return nf4.from_bitsandbytes(layer) if is_linear4bit(layer) else layer.weight
 
 
+def dense_of(layer: Any) -> Tensor:
+    """The weight `[N, K]` in fp32, dequantized."""
+    weight = weight_of(layer)
+    return weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.detach().float()
+
+
+def with_weight(layer: Any, weight: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
+    """A frozen layer like `layer` with another weight `[N, K]`, which has 4 bits again where that has 4 bits,
+    unless a dtype is given."""
+    base = weight_of(layer)
+    if isinstance(base, NF4Weight) and dtype is None:
+        packed = nf4.quantize(weight, base.blocksize, base.double_quant)
+        return NF4Linear(replace(packed, dtype=base.dtype), layer.bias)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype or base.dtype), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(linear.weight.dtype), requires_grad=False)
+    return linear
+
+
 def op_args(layer: Any) -> tuple:
     """The weight as `functional.linear` takes it."""
     if isinstance(layer, NF4Linear):
@@ -130,6 +164,11 @@ def op_args(layer: Any) -> tuple:
 def device_of(layer: Any) -> torch.device:
     """Where the weight is."""
     return layer.packed.device if isinstance(layer, NF4Linear) else layer.weight.device
+
+
+def moved(layer: nn.Module, device: torch.device) -> nn.Module:
+    """The layer, moved if it is elsewhere: moving a `Linear4bit` to where it is would copy it."""
+    return layer if device_of(layer) == device else layer.to(device)
 
 
 def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:

@@ -43,8 +43,11 @@ class MokaConfig:
         gate_temperature: T of the gates that are a softmax.
         scale: factor on the gated sum; None means the number of components, which undoes the 1/r of a uniform
             gate; "sqrt" its square root, for an output that does not grow with r (rsLoRA's rule).
-        init: "default" (A random, B zero), "swapped", or "svd" (the leading Kronecker components of the base
-            weight, with a gate of zeros: for gate="matrix" or "linear").
+        init: "default" (A random, B zero), "swapped", "svd" (the leading Kronecker components of the base
+            weight, with a gate of zeros: for gate="matrix" or "linear"), or "residual" (the same with its
+            gate, and the base becomes what is left, in 4 bits again if it was: SoKA, arXiv 2506.15251). What
+            is left of a weight is as hard to quantize as the weight: expect another direction of training, not a
+            smaller error.
         magnitude: train the norm of each row apart from its direction (DoRA, `moka/magnitude.py`).
         train: which of "A", "B", "gate" and "magnitude" are trained; the others stay as they start.
         tie: "A" or "B": the layers whose components agree share these factors; None: each has its own.

@@ -161,6 +161,10 @@ def exportable_layers(model: nn.Module, name: str) -> dict[str, MokaLinear]:
             f"it into the model (moka.merge), or train without modules_to_save"
         )
     layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.configs}
+    if any(layer.replaced is not None for layer in layers.values()):
+        raise ConfigError(
+            f"adapter {name!r}: init='residual' changed the base that it belongs on; merge it instead"
+        )
     for path, module in walk(model):
         if module in layers.values() and path not in layers:
             raise ConfigError(

@@ -14,7 +14,8 @@ from .nf4 import NF4Weight
 from .shapes import KronShape
 
 #: default: A random, B zero. swapped: A zero, B random. svd: the leading components of the base weight.
-INITS = ("default", "swapped", "svd")
+#: residual: the same, and the base becomes what is left.
+INITS = ("default", "swapped", "svd", "residual")
 
 
 @torch.no_grad()

@@ -194,7 +194,7 @@ def eject(model: nn.Module) -> nn.Module:
         raise StateError("the model holds no adapter; nothing to eject")
     layers = adapter_layers(model).values()
     merged = any(layer.merged_adapters for layer in layers)
-    bases: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers}
+    bases: dict[nn.Module, nn.Module] = {layer: layer.get_base_layer() for layer in layers}
     for copy in saved_modules(model).values():
         bases[copy] = copy.current().requires_grad_(False) if merged else copy.original_module
     _replace(model, bases)

@@ -8,39 +8,26 @@ Parameters are keyed by adapter name, as in peft's tuner layers, so that one lay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import bases, branches, functional, gates, magnitude, reference
-from .bases import NF4Linear
+from .bases import MergedBase, NF4Linear
 from .config import PARTS, MokaConfig
 from .errors import ConfigError, StateError
 from .factors import expand
 from .gates import GateDict, at_least_fp32
 from .init import init_factors_, init_svd_
+from .kpsvd import fit
 from .nf4 import NF4Weight
 from .shapes import KronShape, flatten_shapes
 
 if TYPE_CHECKING:
     from .mixed import Rows
 
-__all__ = ["MergedBase", "MokaLinear", "NF4Linear", "delta_weight"]
-
-
-@dataclass(frozen=True)
-class MergedBase:
-    """What is left of a layer's base when an adapter is merged into it.
-
-    Attributes:
-        original: the base layer before the merge, whole: a merged layer holds both weights.
-        error: |applied - delta| / |delta| in the Frobenius norm, what rounding took from the update.
-    """
-
-    original: nn.Module
-    error: float
+__all__ = ["MokaLinear", "NF4Linear", "delta_weight"]
 
 
 class MokaLinear(nn.Module):
@@ -61,6 +48,7 @@ class MokaLinear(nn.Module):
         merged_base: what `moka.unmerge` puts back; None unless merged.
         disable_adapters: `forward` calls the base layer alone.
         routing: what a routed gate gave each token in the last training step, for `moka.routing_loss`.
+        replaced: the base layer before init="residual" took its leading components out of it; None otherwise.
         rows: which row of the batch goes through which adapter, within `moka.mixed_batch`.
     """
 
@@ -84,6 +72,7 @@ class MokaLinear(nn.Module):
         self.merged_base: MergedBase | None = None
         self.disable_adapters = False
         self.rows: Rows | None = None
+        self.replaced: MergedBase | None = None  # in a dataclass, so that it is no submodule
         self.train(base_layer.training)
 
     def add_adapter(
@@ -96,6 +85,11 @@ class MokaLinear(nn.Module):
         """
         if name in self.moka_A:
             raise StateError(f"adapter {name!r} exists already; choose another name or eject it first")
+        if self.configs and "residual" in (config.init, *(c.init for c in self.configs.values())):
+            raise StateError(
+                f"adapter {name!r}: got one beside {list(self.configs)}, expected one only: init='residual' "
+                f"changes the base of the layer"
+            )
         device, dtype = self.weight_device(), getattr(torch, config.adapter_dtype)
         sizes = sum(s.a_numel for s in shapes), sum(s.b_numel for s in shapes)
         self.moka_A[name], self.moka_B[name] = (
@@ -128,8 +122,28 @@ class MokaLinear(nn.Module):
             init_factors_(A, B, shapes, config.init)
         if name in self.moka_gate:
             gates.reset_logits_(config.gate, self.moka_gate[name], zero=config.init == "svd")
+        if config.init == "residual" and not A.is_meta:
+            self._split_base(name)
         if config.magnitude and not A.is_meta:
             self.moka_magnitude[name].copy_(magnitude.row_norms(self, None))
+
+    def _split_base(self, name: str) -> None:
+        """Moves the leading Kronecker components of the base weight into an adapter: W = rest + dW."""
+        self.base_layer, self.replaced = self.original_layer(), None
+        weight = bases.dense_of(self.base_layer)
+        alpha, shapes = self.alpha(name), self.shapes[name]
+        terms = [(A / a.sqrt(), B / a.sqrt()) for a, (A, B) in zip(alpha, fit(weight, shapes), strict=True)]
+        for side, table in enumerate((self.moka_A, self.moka_B)):
+            table[name].copy_(torch.cat([term[side].flatten() for term in terms]))
+        rest = weight - self.delta_weight(name)
+        self.replaced = MergedBase(self.base_layer, 0.0)
+        self.base_layer = bases.with_weight(self.base_layer, rest)
+
+    def original_layer(self) -> nn.Module:
+        """The base layer as it was before any adapter changed it, if none is merged."""
+        if self.replaced is None:
+            return self.base_layer
+        return bases.moved(self.replaced.original, self.weight_device())
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter.
@@ -143,6 +157,7 @@ class MokaLinear(nn.Module):
             if name in getattr(self, table):
                 del getattr(self, table)[name]
         self.active_adapters = [n for n in self.active_adapters if n != name]
+        self.base_layer, self.replaced = self.original_layer(), None
 
     def set_adapter(self, names: Sequence[str]) -> None:
         """Makes exactly these adapters active and trainable; the layer may lack some of them.
@@ -253,7 +268,7 @@ class MokaLinear(nn.Module):
     def _base_forward(self, x: Tensor) -> Tensor:
         weight = getattr(self.base_layer, "weight", x)
         if self.merged_base is None or weight.dtype == x.dtype:
-            return self.base_layer(x)
+            return (self.base_layer if self.merged_adapters else self.original_layer())(x)
         return self.base_layer(x.to(weight.dtype)).to(x.dtype)  # merged into another dtype
 
     def mixture(
@@ -336,8 +351,8 @@ class MokaLinear(nn.Module):
         return self.base_layer.bias  # pyright: ignore[reportReturnType]
 
     def get_base_layer(self) -> nn.Module:
-        """The layer that was adapted."""
-        return self.base_layer
+        """The layer that was adapted, or what it was merged into."""
+        return self.base_layer if self.merged_adapters else self.original_layer()
 
     def extra_repr(self) -> str:
         """Active adapters and their sizes."""

@@ -127,7 +127,8 @@ def base_weights(targets: list[Target]) -> Iterator[NF4Weight | Tensor]:
             raise StateError(
                 f"adapters {layer.merged_adapters} are merged into the base; call moka.unmerge first"
             )
-    weights = (weight_of(layer.base_layer if isinstance(layer, MokaLinear) else layer) for layer in layers)
+    originals = (y.original_layer() if isinstance(y, MokaLinear) else y for y in layers)
+    weights = map(weight_of, originals)
     return (
         dataclasses.replace(weight, packed=full_tensor(weight.packed))
         if isinstance(weight, NF4Weight)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import algebra
-from .nf4 import NF4Weight
+from .bases import dense_of
 
 if TYPE_CHECKING:
     from .layers import MokaLinear
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def row_norms(layer: MokaLinear, name: str | None) -> Tensor:
     """`|W_n + dW_n|` of each row `[N]` in fp32; None for the base alone."""
-    W = _dense(layer)
+    W = dense_of(layer.base_layer)
     squares = W.square().sum(1).double()
     if name is not None:
         update = algebra.terms(layer, name)
@@ -44,10 +44,5 @@ def direction(layer: MokaLinear, name: str) -> Tensor:
 @torch.no_grad()
 def change(layer: MokaLinear, name: str, delta: Tensor) -> Tensor:
     """`m (W + dW) / |W + dW|_rows - W`, `[N, K]` in fp32: the whole change of the weight, for a dense dW."""
-    W = _dense(layer)
+    W = dense_of(layer.base_layer)
     return (W + delta) * direction(layer, name)[:, None] - W
-
-
-def _dense(layer: MokaLinear) -> Tensor:
-    base = layer.base_weight()
-    return base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base.float()

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import functional, nf4
-from .bases import NF4Linear, device_of
+from . import functional
+from .bases import MergedBase, NF4Linear, device_of, moved, with_weight
 from .errors import ConfigError, MergeError, NonFiniteError, StateError
 from .inject import active_adapters, adapter_layers
-from .layers import MergedBase, MokaLinear
+from .layers import MokaLinear
 from .layout import is_sharded
 from .nf4 import NF4Weight
 
@@ -141,8 +140,7 @@ def _merged_layer(
     for name, tensor in zip(("moka_A", "moka_B", "gate"), mixture[:3], strict=True):
         if not tensor.isfinite().all():
             raise NonFiniteError(f"{path}: {name} of adapter {names} holds NaN or infinity; train it again")
-    base, bias = layer.base_weight(), layer.bias
-    delta = None
+    base, delta = layer.base_weight(), None
     if directed := [name for name in names if name in layer.moka_magnitude]:
         if len(names) > 1:
             raise StateError(f"{path}: {directed} set the norm of each row, so no others can be added")
@@ -155,25 +153,16 @@ def _merged_layer(
     else:
         before, dtype = base, into or base.dtype
         after = functional.kron_add(base.to(torch.promote_types(base.dtype, dtype)), *mixture).to(dtype)
-    if not isinstance(base, NF4Weight) or into is not None:
-        new = _dense(after, bias)
-    elif torch.equal(after, before):  # an update of zero: 4 bits again would not give the same bits
-        new = layer.base_layer
+    if isinstance(base, NF4Weight) and into is None and torch.equal(after, before):
+        new = layer.base_layer  # an update of zero: 4 bits again would not give the same bits
     else:
-        packed = replace(nf4.quantize(after, base.blocksize, base.double_quant), dtype=base.dtype)
-        new, after = NF4Linear(packed, bias), packed.dequantize(torch.float32)
+        new = with_weight(layer.base_layer, after, into)
+        if isinstance(new, NF4Linear):
+            after = new.nf4_weight().dequantize(torch.float32)
     if delta is None:
         delta = functional.kron_add(torch.zeros_like(before, dtype=torch.float32), *mixture)
     loss = (after.float() - before.float()).sub_(delta).norm() / delta.norm()
     return new, loss.item() if delta.any() else 0.0
-
-
-def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
-    return linear
 
 
 def _report_loss(path: str, new: nn.Module, error: float, force: bool) -> None:
@@ -193,8 +182,5 @@ def restore(layers: Iterable[MokaLinear]) -> None:
     """Puts the original base back into those of the layers that are merged."""
     for layer in layers:
         if layer.merged_base is not None:
-            original, device = layer.merged_base.original, device_of(layer.base_layer)
-            # the model may have moved since; a Linear4bit must not be "moved" to where it is, that copies it
-            if device_of(original) != device:
-                original.to(device)
-            layer.base_layer, layer.merged_adapters, layer.merged_base = original, [], None
+            layer.base_layer = moved(layer.merged_base.original, device_of(layer.base_layer))
+            layer.merged_adapters, layer.merged_base = [], None

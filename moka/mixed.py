@@ -116,6 +116,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], repeats: int = 1
     if not adapter_names or (unknown := [name for name in rows.names if name not in known]):
         got = unknown if adapter_names else list(adapter_names)
         raise ConfigError(f"adapter_names: got {got}, expected one of {[*known, rows.BASE]} for each row")
+    if any(layer.replaced is not None for layer in layers):
+        raise StateError("adapter_names: init='residual' changed the base, which all rows would share")
     if directed := [n for n in rows.names if any(n in layer.moka_magnitude for layer in layers)]:
         raise ConfigError(f"adapter_names: {directed} set the norm of each row (magnitude), one for all rows")
     copies = [n for n in rows.names if any(n in m.modules_to_save for m in saved_modules(model).values())]

@@ -114,7 +114,7 @@ def _compacter(n: int = 4, rank: int = 1) -> dict[str, Any]:
 
 
 def _soka(r: int = 10) -> dict[str, Any]:
-    return {"r": r, "shapes": "even", "gate": "linear"}
+    return {"r": r, "shapes": "even", "gate": "linear", "init": "residual"}
 
 
 def _lora(r: int = 8, alpha: float = 8.0) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _rslora(r: int = 8, alpha: float = 8.0) -> dict[str, Any]:
 
 
 def _dota(r: int = 10) -> dict[str, Any]:
-    return _fixed(r, r=r, shapes="even")
+    return _fixed(r, r=r, shapes="even", init="residual")
 
 
 def _gralora(r: int = 32, blocks: int = 2, alpha: float = 64.0) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def test_a_new_adapter_changes_nothing_and_every_parameter_can_learn(name):
     model = adapted(name)
     x = torch.randn(5, K)
     layer = adapter_layers(model)["0"]
-    torch.testing.assert_close(model(x), model[1](layer.base_layer(x)))
+    torch.testing.assert_close(model(x), model[1](layer.original_layer()(x)))
     randomize(model)
     model(x).square().sum().backward()
     trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
@@ -138,9 +138,9 @@ def test_peft(name, tmp_path):
         model.save_pretrained(tmp_path)
         again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path)
         torch.testing.assert_close(again(ids).logits, before)
+        moka.eject(same)
         with pytest.warns(UserWarning, match="checksum"):
             moka.load_adapter(same, tmp_path, adapter_name="other")
-        moka.set_adapter(same, "other")
         torch.testing.assert_close(same.eval()(ids).logits, before)
         torch.testing.assert_close(model.merge_and_unload()(ids).logits, before, rtol=1e-4, atol=1e-4)
 
@@ -380,3 +380,32 @@ def test_magnitude(base, tmp_path):
         pass
     with pytest.raises(ConfigError, match="magnitude"):
         moka.MokaConfig(magnitude=True, dropout=0.1)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_residual_start_splits_the_weight(base):
+    def build() -> nn.Module:
+        model = tiny_model()
+        return moka.quantize(model) if base == "nf4" else model
+
+    model, ids = build(), torch.arange(24).view(2, 12)
+    weights = {path: module for path, module in model.named_modules() if path.endswith("q_proj")}
+    with torch.no_grad():
+        before = model(ids).logits
+        moka.inject(model, moka.preset("soka", r=4, target_modules=["q_proj"]))
+        for path, layer in adapter_layers(model).items():
+            W = moka.bases.dense_of(weights[path])
+            rest, delta = moka.bases.dense_of(layer.base_layer), layer.delta_weight("default")
+            assert delta.norm() > 0.2 * W.norm() and type(layer.base_layer) is type(weights[path])
+            # equal but for the rounding of the rest to 4 bits, as coarse as that of the weight was
+            assert (rest + delta - W).norm() < (0.15 if base == "nf4" else 1e-5) * W.norm()
+        if base == "dense":
+            torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)
+        with moka.disabled(model):
+            assert torch.equal(model(ids).logits, before)
+        with pytest.raises(StateError, match="one only"):
+            moka.inject(model, moka.MokaConfig(target_modules=["q_proj"], r=2), "other")
+        with pytest.raises(ConfigError, match="residual"):
+            moka.export_lora(model, "nowhere")
+        moka.eject(model)
+        assert torch.equal(model(ids).logits, before)

@@ -1,0 +1,157 @@
+"""Starts, learning rates and pruning, by training the embedded model (or another) for a few dozen steps.
+
+    python benchmarks/family.py starts DATA FOLDER [--steps 60] [--seeds 3]
+    python benchmarks/family.py rates DATA FOLDER [--steps 30]
+
+DATA is a .jsonl[.gz] file. The loss of a model is that on rows of the training set, the same in all runs.
+
+starts  every method of starting, for each seed with the same data in the same order: after how many steps the
+        loss is below the one that the zero start ends with (family_starts.csv); and the zero start's loss
+        without the components that hold 1 % of the energy (family_prune.csv)
+rates   mixtures of 1, 4 and 16 components of one shape, scale="sqrt" and None, over learning rates
+        (family_rates.csv)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda_timing import Table, facts
+from parity import evaluate
+from torch import Tensor
+
+import moka
+from moka.data import Collator, TextDataset, read_jsonl
+from moka.loading import load_model
+
+TARGETS = ["q_proj", "v_proj"]
+PROBE = 32  # rows for the loss
+EVERY = 6  # steps between two measurements
+Batches = list[dict[str, Tensor]]
+
+
+class Task:
+    """Model and data; `batches` gives those of a seed."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.base, tokenizer = load_model(options.model, dtype=torch.float32)
+        rows = read_jsonl(options.data)[: options.steps * options.batch + PROBE]
+        self.dataset = TextDataset(rows, tokenizer, options.length)
+        self.collate = Collator(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+        self.size, self.count = options.batch, len(rows)
+
+    def batches(self, seed: int) -> Batches:
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
+        return self._batches(order.tolist())
+
+    def probe(self) -> Batches:
+        return self._batches(list(range(PROBE)))
+
+    def _batches(self, indices: list[int]) -> Batches:
+        groups = (indices[i : i + self.size] for i in range(0, len(indices), self.size))
+        batches = (self.collate([self.dataset[i] for i in group]) for group in groups)
+        return [{k: v.to(self.base.device) for k, v in batch.items()} for batch in batches]
+
+    def adapted(self, seed: int, **fields: Any) -> Any:
+        torch.manual_seed(seed)
+        return moka.inject(copy.deepcopy(self.base), moka.MokaConfig(target_modules=TARGETS, **fields))
+
+
+def train(model: Any, batches: Batches, probe: Batches, lr: float) -> tuple[list[float], list[int]]:
+    """AdamW at a constant rate after a short warm-up; losses, and after how many steps they were measured."""
+    optimizer = torch.optim.AdamW(moka.param_groups(model, lr), weight_decay=0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    losses, steps = [evaluate(model, probe)], [0]
+    for step, batch in enumerate(batches, 1):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, step / 4)
+        model.train()
+        model(**batch, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % EVERY == 0 or step == len(batches):
+            losses.append(evaluate(model, probe))
+            steps.append(step)
+    return losses, steps
+
+
+def steps_to(losses: list[float], steps: list[int], goal: float) -> float | None:
+    """After how many steps the loss is `goal`, between two measurements on the line through them."""
+    for i in range(1, len(losses)):
+        if losses[i] <= goal:
+            part = (losses[i - 1] - goal) / max(losses[i - 1] - losses[i], 1e-12)
+            return steps[i - 1] + part * (steps[i] - steps[i - 1])
+    return None
+
+
+def starts(task: Task, options: argparse.Namespace) -> None:
+    table = Table(options.folder / "family_starts.csv", facts("transformers"))
+    pruned = Table(options.folder / "family_prune.csv", facts("transformers"))
+    for seed in range(options.seeds):
+        batches, probe, goal = task.batches(seed)[: options.steps], task.probe(), None
+        for method in options.methods:
+            model = task.adapted(seed, **({"init": "residual"} if method == "residual" else {}), r=10)
+            began = time.perf_counter()
+            if method in ("gradient", "activation"):
+                moka.start(model, method, batches[:2], seed=seed)
+            spent = time.perf_counter() - began
+            losses, steps = train(model, batches, probe, options.lr)
+            goal = losses[-1] if goal is None else goal  # the zero start comes first
+            reached = steps_to(losses, steps, goal)
+            table.add(
+                method=method, seed=seed, lr=options.lr, steps=steps[-1], first_loss=round(losses[0], 5),
+                last_loss=round(losses[-1], 5), steps_to_zero_starts_loss=reached and round(reached, 1),
+                share=reached and round(reached / steps[-1], 3), start_seconds=round(spent, 1),
+                losses=" ".join(f"{loss:.4f}" for loss in losses),
+            )  # fmt: skip
+            if method == options.methods[0]:
+                before = sum(len(y.shapes["default"]) for y in moka.adapter_layers(model).values())
+                after = sum(moka.prune(model, energy=0.99).values())
+                loss = evaluate(model, probe)
+                pruned.add(
+                    seed=seed, components=before, kept=after, energy=0.99, loss=round(losses[-1], 6),
+                    loss_pruned=round(loss, 6), change=f"{loss / losses[-1] - 1:.2e}",
+                )  # fmt: skip
+            del model
+
+
+def rates(task: Task, options: argparse.Namespace) -> None:
+    table = Table(options.folder / "family_rates.csv", facts("transformers"))
+    batches, probe = task.batches(0)[: options.steps], task.probe()
+    for scale in options.scales:
+        for k in (1, 4, 16):
+            for lr in options.rates:
+                model = task.adapted(0, r=k, shapes="even", scale=None if scale == "r" else scale)
+                losses, steps = train(model, batches, probe, lr)
+                table.add(
+                    scale=scale, k=k, lr=lr, steps=steps[-1], first_loss=round(losses[0], 5),
+                    last_loss=round(losses[-1], 5),
+                )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=["starts", "rates"])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--methods", nargs="+", default=["zero", "gradient", "activation", "residual"])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
+    parser.add_argument("--scales", nargs="+", default=["sqrt", "r"])
+    options = parser.parse_args()
+    {"starts": starts, "rates": rates}[options.what](Task(options), options)
+
+
+if __name__ == "__main__":
+    main()
