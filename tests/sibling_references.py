@@ -1,399 +1,102 @@
 """The published siblings of a gated Kronecker sum, each written as its own paper or code writes it.
 
-Nothing here imports moka: the presets are tested against these. One frozen dataclass per sibling, its fields
-the method's options; `m` is the number of outputs and `n` of inputs of the adapted layer. `paper` ends with
-where the formula was checked: "code" (the authors' repository), "peft" (its source), "abstract" (no more than
-abstract and reviews were at hand) or "none" (a sibling of our own). Sizes that do not divide are only
-supported where the original pads or crops.
+Presets are tested against these, so nothing here imports moka. One frozen dataclass per sibling, its fields
+the method's options (defaults are the original's where it has any); m is the number of outputs and n of
+inputs of the adapted layer. `paper` ends with where the formula was checked: "code" (the authors'
+repository), "peft" (its source), "abstract" (no more than the abstract and reviews could be read) or is
+"none" for one of our own. Sizes must divide, except where the original pads or crops.
+
+    lora = LoRA(r=4, alpha=8)
+    tensors = {name: torch.randn(shape) for name, shape in lora.tensors(m, n).items()}
+    dW = lora.update(tensors, m, n)  # with the tensors of lora.given(m, n), where there are any
 """
 
-from __future__ import annotations
-
-import math
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-
-Shapes = dict[str, tuple[int, ...]]
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Sibling:
-    """What every entry says of itself; `tensors`, `count` and `update` are independent of each other."""
-
-    name: ClassVar[str]
-    paper: ClassVar[str]
-    formula: ClassVar[str]
-
-    def tensors(self, m: int, n: int) -> Shapes:
-        """Trained tensors of one layer: the method's names and shapes."""
-        raise NotImplementedError
-
-    def given(self, m: int, n: int) -> Shapes:
-        """Tensors passed in beside them: frozen, or shared by all layers. Not counted."""
-        return {}
-
-    def count(self, m: int, n: int) -> int:
-        """Trained parameters of one layer, by the method's closed formula."""
-        raise NotImplementedError
-
-    def update(self, t: Tensors, m: int, n: int) -> Tensor:
-        """dW [m, n] of the tensors of `tensors` and `given`."""
-        raise NotImplementedError
-
-    def flops(self, m: int, n: int) -> int:
-        """FLOPs per token of the branch, a multiply-add counting two, without scale and gate."""
-        raise NotImplementedError
-
-    def rank(self, m: int, n: int) -> int:
-        """Largest rank that dW can have."""
-        raise NotImplementedError
-
-
-def kron_flops(a: int, b: int, c: int, d: int) -> int:
-    """The cheaper order of A X B^T, for A [a, b], B [c, d], X [b, d]."""
-    return min(2 * a * d * (b + c), 2 * b * c * (a + d))
-
-
-def kron_rank(a: int, b: int, c: int, d: int) -> int:
-    return min(a, b) * min(c, d)
-
-
-def tile(x: Tensor, size: int) -> Tensor:
-    """Repeats the last dimension of x until it has `size` entries."""
-    return x[..., torch.arange(size) % x.shape[-1]]
-
-
-@dataclass(frozen=True)
-class MoKA(Sibling):
-    """shapes: (a, b, c, d) of A_i [a, b] and B_i [c, d]; they may differ."""
-
-    name = "MoKA"
-    paper = "2508.03527 MoKA: Mixture of Kronecker Adapters (abstract)"
-    formula = "scale sum_i softmax(gate)_i A_i kron B_i"
-    shapes: tuple[tuple[int, int, int, int], ...]
-    scale: float = 1.0
-
-    def tensors(self, m, n):
-        out: Shapes = {"gate": (len(self.shapes),)}
-        for i, (a, b, c, d) in enumerate(self.shapes):
-            out |= {f"A{i}": (a, b), f"B{i}": (c, d)}
-        return out
-
-    def count(self, m, n):
-        return sum(a * b + c * d for a, b, c, d in self.shapes) + len(self.shapes)
-
-    def update(self, t, m, n):
-        weights = t["gate"].softmax(0)
-        blocks = (torch.einsum("ab,cd->acbd", t[f"A{i}"], t[f"B{i}"]) for i in range(len(self.shapes)))
-        return self.scale * sum(w * x.reshape(m, n) for w, x in zip(weights, blocks, strict=True))
-
-    def flops(self, m, n):
-        return sum(kron_flops(*shape) for shape in self.shapes)
-
-    def rank(self, m, n):
-        return min(m, n, sum(kron_rank(*shape) for shape in self.shapes))
-
-
-@dataclass(frozen=True)
-class MoKAs(Sibling):
-    """left: sizes p of I_p kron B (block diagonal); right: sizes q of A kron I_q (strided)."""
-
-    name = "MoKA_s"
-    paper = "2508.03527 MoKA: Mixture of Kronecker Adapters (abstract)"
-    formula = "scale sum_i softmax(gate)_i (I_p kron B_i  or  A_i kron I_q)"
-    left: tuple[int, ...] = ()
-    right: tuple[int, ...] = ()
-    scale: float = 1.0
-
-    def tensors(self, m, n):
-        out: Shapes = {f"B{i}": (m // p, n // p) for i, p in enumerate(self.left)}
-        out |= {f"A{i}": (m // q, n // q) for i, q in enumerate(self.right)}
-        return out | {"gate": (len(self.left + self.right),)}
-
-    def count(self, m, n):
-        return sum(m * n // size**2 + 1 for size in self.left + self.right)
-
-    def update(self, t, m, n):
-        weights = t["gate"].softmax(0)
-        out = torch.zeros(m, n, dtype=weights.dtype)
-        for i, p in enumerate(self.left):
-            out += weights[i] * torch.block_diag(*[t[f"B{i}"]] * p)
-        for i, q in enumerate(self.right):
-            for s in range(q):
-                out[s::q, s::q] += weights[len(self.left) + i] * t[f"A{i}"]
-        return self.scale * out
-
-    def flops(self, m, n):
-        return sum(2 * m * n // size for size in self.left + self.right)
-
-    def rank(self, m, n):
-        return min(m, n)
-
-
-@dataclass(frozen=True)
-class KronA(Sibling):
-    """A [a, b]; applied by (A kron B) vec(X) = vec(B X A^T), columns stacked."""
-
-    name = "KronA"
-    paper = "2212.10650 KronA: Parameter Efficient Tuning with Kronecker Adapter (abstract)"
-    formula = "scale A kron B"
-    a: int
-    b: int
-    scale: float = 1.0
-
-    def tensors(self, m, n):
-        return {"A": (self.a, self.b), "B": (m // self.a, n // self.b)}
-
-    def count(self, m, n):
-        return self.a * self.b + (m * n) // (self.a * self.b)
-
-    def update(self, t, m, n):
-        x = torch.eye(n, dtype=t["A"].dtype).reshape(n, self.b, n // self.b).mT  # columns stacked
-        return self.scale * (t["B"] @ x @ t["A"].T).mT.reshape(n, m).T
-
-    def flops(self, m, n):
-        return kron_flops(self.a, self.b, m // self.a, n // self.b)
-
-    def rank(self, m, n):
-        return kron_rank(self.a, self.b, m // self.a, n // self.b)
-
-
-@dataclass(frozen=True)
-class LoRA(Sibling):
-    """rslora: the scale is alpha / sqrt(r) (2312.03732) in place of alpha / r."""
-
-    name = "LoRA"
-    paper = "2106.09685 LoRA: Low-Rank Adaptation of Large Language Models (peft)"
-    formula = "alpha / r lora_B lora_A"
-    r: int = 8
-    alpha: float = 8
-    rslora: bool = False
-
-    def tensors(self, m, n):
-        return {"lora_A": (self.r, n), "lora_B": (m, self.r)}
-
-    def count(self, m, n):
-        return self.r * (m + n)
-
-    def update(self, t, m, n):
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r) * t["lora_B"] @ t["lora_A"]
-
-    def flops(self, m, n):
-        return 2 * self.r * (m + n)
-
-    def rank(self, m, n):
-        return min(m, n, self.r)
-
-
-def factorization(size: int, factor: int) -> tuple[int, int]:
-    """LoKr's split of a dimension: by `factor` if that divides, else the divisor next below it and the root."""
-    if factor > 0 and size % factor == 0:
-        return factor, size // factor
-    limit = min(math.isqrt(size), factor if factor > 0 else size)
-    small = max(divisor for divisor in range(1, limit + 1) if size % divisor == 0)
-    return small, size // small
-
-
-@dataclass(frozen=True)
-class LoKr(Sibling):
-    """w2 is full if r is at least half its longer side, else low-rank; so is w1 with decompose_both."""
-
-    name = "LoKr"
-    paper = "2309.14859 Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning ... (peft)"
-    formula = "alpha / r lokr_w1 kron lokr_w2, w2 = lokr_w2_a lokr_w2_b"
-    r: int = 8
-    alpha: float = 8
-    decompose_factor: int = -1
-    decompose_both: bool = False
-
-    def sides(self, m: int, n: int) -> dict[str, tuple[int, int, bool]]:
-        """{w1, w2: (rows, columns, low-rank)}."""
-        (a, c), (b, d) = (factorization(size, self.decompose_factor) for size in (m, n))
-        return {
-            "lokr_w1": (a, b, self.decompose_both and 2 * self.r < max(a, b)),
-            "lokr_w2": (c, d, 2 * self.r < max(c, d)),
-        }
-
-    def tensors(self, m, n):
-        out: Shapes = {}
-        for name, (rows, columns, low) in self.sides(m, n).items():
-            pair = {f"{name}_a": (rows, self.r), f"{name}_b": (self.r, columns)}
-            out |= pair if low else {name: (rows, columns)}
-        return out
-
-    def count(self, m, n):
-        (a, b, low1), (c, d, low2) = self.sides(m, n).values()
-        return (self.r * (a + b) if low1 else a * b) + (self.r * (c + d) if low2 else c * d)
-
-    def update(self, t, m, n):
-        w1, w2 = (t[s] if s in t else t[f"{s}_a"] @ t[f"{s}_b"] for s in ("lokr_w1", "lokr_w2"))
-        return torch.kron(w1, w2) * (self.alpha / self.r)
-
-    def flops(self, m, n):
-        (a, b, _), (c, d, low) = self.sides(m, n).values()  # a low-rank w1 is multiplied out first
-        return 2 * self.r * (b * d + a * b + a * c) if low else kron_flops(a, b, c, d)
-
-    def rank(self, m, n):
-        ranks = [min(*x[:2], self.r) if x[2] else min(x[:2]) for x in self.sides(m, n).values()]
-        return math.prod(ranks)
-
-
-@dataclass(frozen=True)
-class KronLoRA(Sibling):
-    """A [a, b]; r columns of B1 and rows of B2."""
-
-    name = "Kron-LoRA"
-    paper = "2508.01961 Kron-LoRA: Hybrid Kronecker-LoRA Adapters for Scalable ... Fine-tuning (abstract)"
-    formula = "scale A kron (B1 B2)"
-    a: int
-    b: int
-    r: int = 8
-    scale: float = 1.0
-
-    def tensors(self, m, n):
-        return {"A": (self.a, self.b), "B1": (m // self.a, self.r), "B2": (self.r, n // self.b)}
-
-    def count(self, m, n):
-        return self.a * self.b + self.r * (m // self.a + n // self.b)
-
-    def update(self, t, m, n):
-        x = torch.eye(n, dtype=t["A"].dtype).reshape(n, self.b, n // self.b)
-        z = x @ t["B2"].T @ t["B1"].T  # the low-rank branch on each of the b slices, which A then mixes
-        return self.scale * (t["A"] @ z).reshape(n, m).T
-
-    def flops(self, m, n):
-        return 2 * self.r * (n + self.a * self.b + m)
-
-    def rank(self, m, n):
-        return min(self.a, self.b) * min(self.r, m // self.a, n // self.b)
-
-
-@dataclass(frozen=True)
-class Compacter(Sibling):
-    """y = x H with H [n, m] a PHM layer; `phm_rule`, the slow weights, is trained once for all layers."""
-
-    name = "Compacter"
-    paper = "2106.04647 Compacter: Efficient Low-Rank Hypercomplex Adapter Layers (code)"
-    formula = "H^T, H = sum_i phm_rule_i kron (W_left_i W_right_i)"
-    phm_dim: int = 4
-    phm_rank: int = 1
-
-    def tensors(self, m, n):
-        N, r = self.phm_dim, self.phm_rank
-        return {"W_left": (N, n // N, r), "W_right": (N, r, m // N)}
-
-    def given(self, m, n):
-        return {"phm_rule": (self.phm_dim,) * 3}
-
-    def count(self, m, n):
-        return self.phm_rank * (m + n)
-
-    def update(self, t, m, n):
-        fast = torch.bmm(t["W_left"], t["W_right"])
-        return torch.einsum("iac,ikp->akcp", t["phm_rule"], fast).reshape(n, m).T
-
-    def flops(self, m, n):
-        return 2 * self.phm_rank * self.phm_dim * (m + n + self.phm_dim**2)
-
-    def rank(self, m, n):
-        N = self.phm_dim
-        return min(m, n, N * N * min(self.phm_rank, m // N, n // N))
-
-
-@dataclass(frozen=True)
-class SoKA(Sibling):
-    """Starts as the k leading terms of the weight's Kronecker SVD, the base being the rest; A [a, b]."""
-
-    name = "SoKA"
-    paper = "2506.15251 Singular Value Decomposition on Kronecker Adaptation for LLM (abstract)"
-    formula = "sum_k sigma_k U_k kron V_k"
-    a: int
-    b: int
-    k: int = 4
-
-    def tensors(self, m, n):
-        return {
-            "U": (self.k, self.a, self.b),
-            "sigma": (self.k,),
-            "V": (self.k, m // self.a, n // self.b),
-        }
-
-    def count(self, m, n):
-        return self.k * (self.a * self.b + m * n // (self.a * self.b) + 1)
-
-    def update(self, t, m, n):
-        rearranged = t["U"].flatten(1).T @ torch.diag(t["sigma"]) @ t["V"].flatten(1)  # [ab, cd]
-        blocks = rearranged.reshape(self.a, self.b, m // self.a, n // self.b)
-        return blocks.transpose(1, 2).reshape(m, n)
-
-    def flops(self, m, n):
-        return self.k * kron_flops(self.a, self.b, m // self.a, n // self.b)
-
-    def rank(self, m, n):
-        return min(m, n, self.k * kron_rank(self.a, self.b, m // self.a, n // self.b))
-
-
-@dataclass(frozen=True)
-class DoTA(Sibling):
-    """Matrix product operator of two cores with bond dimension k; the weight's own, the base being the rest."""
-
-    name = "DoTA"
-    paper = "2412.20891 DoTA: Weight-Decomposed Tensor Adaptation for Large Language Models (abstract)"
-    formula = "W[i1 i2, j1 j2] = sum_k core1[i1, j1, k] core2[k, i2, j2]"
-    a: int
-    b: int
-    k: int = 4
-
-    def tensors(self, m, n):
-        return {"core1": (1, self.a, self.b, self.k), "core2": (self.k, m // self.a, n // self.b, 1)}
-
-    def count(self, m, n):
-        return self.k * (self.a * self.b + m * n // (self.a * self.b))
-
-    def update(self, t, m, n):
-        return torch.einsum("xabk,kcdy->acbd", t["core1"], t["core2"]).reshape(m, n)
-
-    def flops(self, m, n):
-        return self.k * kron_flops(self.a, self.b, m // self.a, n // self.b)
-
-    def rank(self, m, n):
-        return min(m, n, self.k * kron_rank(self.a, self.b, m // self.a, n // self.b))
-
-
-@dataclass(frozen=True)
-class CDKA(Sibling):
-    """Component i is rows i, i + r, ... of lora_A and columns i, i + r, ... of lora_B."""
-
-    name = "CDKA"
-    paper = "2602.01267 Diving into Kronecker Adapters: Component Design Matters (code but for the scale)"
-    formula = "scale sum_i B_i kron A_i, A_i [r1, n / r2], B_i [m / r1, r2]"
-    r1: int = 2
-    r2: int = 8
-    r: int = 4
-    scale: float = 1.0
-
-    def tensors(self, m, n):
-        return {
-            "lora_A": (self.r * self.r1, n // self.r2),
-            "lora_B": (m // self.r1, self.r * self.r2),
-        }
-
-    def count(self, m, n):
-        return self.r * (n * self.r1 // self.r2 + m * self.r2 // self.r1)
-
-    def update(self, t, m, n):
-        out = torch.zeros(m, n, dtype=t["lora_A"].dtype)
-        for i in range(self.r):
-            A, B = t["lora_A"][i :: self.r], t["lora_B"][:, i :: self.r]
-            out += (B[:, None, :, None] * A[None, :, None, :]).reshape(m, n)
-        return self.scale * out
-
-    def flops(self, m, n):
-        return self.r * kron_flops(m // self.r1, self.r2, self.r1, n // self.r2)
-
-    def rank(self, m, n):
-        return min(m, n, self.r * kron_rank(m // self.r1, self.r2, self.r1, n // self.r2))
+from sibling_base import Sibling
+from sibling_frozen import (
+    C3A,
+    GraLoRA,
+    KRAdapter,
+    KronVeRA,
+    LoRAXS,
+    MELoRA,
+    MiSS,
+    MoKAXS,
+    MoRA,
+    QAMoKA,
+    VeRA,
+    mora_size,
+)
+from sibling_trained import (
+    CDKA,
+    Compacter,
+    DoTA,
+    KronA,
+    KronLoRA,
+    LoKr,
+    LoRA,
+    MoKA,
+    MoKAs,
+    SoKA,
+)
+
+__all__ = [
+    "C3A",
+    "CDKA",
+    "EXAMPLES",
+    "Compacter",
+    "DoTA",
+    "GraLoRA",
+    "KRAdapter",
+    "KronA",
+    "KronLoRA",
+    "KronVeRA",
+    "LoKr",
+    "LoRA",
+    "LoRAXS",
+    "MELoRA",
+    "MiSS",
+    "MoKA",
+    "MoKAXS",
+    "MoKAs",
+    "MoRA",
+    "QAMoKA",
+    "Sibling",
+    "SoKA",
+    "VeRA",
+    "mora_size",
+]  # fmt: skip
+
+#: label -> (sibling, m, n): small sizes, m and n different where possible
+EXAMPLES: dict[str, tuple[Sibling, int, int]] = {
+    "moka": (MoKA(((2, 6, 6, 4), (4, 4, 3, 6), (12, 1, 1, 24)), scale=3.0), 12, 24),
+    "moka_s": (MoKAs(left=(2, 4), right=(3,)), 12, 24),
+    "krona": (KronA(3, 4, scale=0.5), 12, 24),
+    "lora": (LoRA(r=3, alpha=6), 12, 24),
+    "rslora": (LoRA(r=3, alpha=6, rslora=True), 12, 24),
+    "lokr": (LoKr(r=4, alpha=2), 12, 30),
+    "lokr_low_rank": (LoKr(r=2, alpha=6, decompose_factor=4), 32, 48),
+    "lokr_both": (LoKr(r=1, alpha=3, decompose_factor=4, decompose_both=True), 32, 48),
+    "kron_lora": (KronLoRA(3, 2, r=2), 12, 24),
+    "compacter": (Compacter(phm_dim=2), 12, 24),
+    "soka": (SoKA(3, 4, k=2), 12, 24),
+    "dota": (DoTA(2, 3, k=2), 12, 24),
+    "cdka": (CDKA(r1=2, r2=3, r=2), 12, 24),
+    "gralora": (GraLoRA(r=4, k=2, alpha=8), 12, 24),
+    "melora": (MELoRA(N=3, r=2), 12, 24),
+    "melora_shared": (MELoRA(N=3, r=2, shared=True), 12, 24),
+    "mora": (MoRA(4), 12, 24),
+    "mora_cropped": (MoRA(5), 13, 24),
+    "mora_decoupled": (MoRA(4, "decoupled"), 24, 24),
+    "mora_rotary": (MoRA(4, "rotary"), 24, 24),
+    "miss": (MiSS(r=4), 12, 24),
+    "miss_padded": (MiSS(r=5), 12, 24),
+    "miss_mini": (MiSS(r=4, mini=3), 12, 24),
+    "c3a": (C3A(4), 12, 24),
+    "vera": (VeRA(r=3), 12, 24),
+    "kron_vera": (KronVeRA(3, 4, k=2), 12, 24),
+    "lora_xs": (LoRAXS(r=3, alpha=6), 12, 24),
+    "moka_xs": (MoKAXS(2, 3, k=2), 12, 24),
+    "kradapter": (KRAdapter(), 9, 24),
+    "kradapter_tall": (KRAdapter(), 24, 9),
+    "qa_moka": (QAMoKA(2, 3, q=4, k=2), 12, 24),
+}
