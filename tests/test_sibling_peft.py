@@ -17,10 +17,13 @@ LABELS = (
     "miss",
     "miss_padded",
     "miss_mini",
+    "c3a",
+    "vera",
 )
-CASES = {label: EXAMPLES[label] for label in (*LABELS, "c3a", "vera")} | {
+CASES = {label: EXAMPLES[label] for label in LABELS} | {
     "lokr_factor": (LoKr(r=2, alpha=3, decompose_factor=12), 24, 30),
     "lokr_factor_above_root": (LoKr(r=4, alpha=3, decompose_factor=12), 24, 24),
+    "lokr_half": (LoKr(r=4, alpha=3), 32, 16),  # w2 is 8 x 4: just full
     "lokr_prime": (LoKr(r=4, alpha=3), 13, 24),
     "gralora_4": (GraLoRA(r=8, k=4, alpha=3), 16, 24),
     "c3a_6": (C3A(6), 24, 12),

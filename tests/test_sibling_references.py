@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from sibling_base import kron_flops
 from sibling_references import (
     C3A,
     CDKA,
@@ -203,6 +204,11 @@ def test_figures_for_4096_by_4096(sibling, count, mflops, rank):
     assert sibling.count(4096, 4096) == count
     assert sibling.rank(4096, 4096) == rank
     assert sibling.flops(4096, 4096) / 1e6 == pytest.approx(mflops, abs=5e-4)
+
+
+def test_kron_flops_is_that_of_the_cheaper_order():
+    assert kron_flops(2, 3, 5, 7) == 2 * 2 * 3 * 7 + 2 * 2 * 7 * 5  # A X first
+    assert kron_flops(5, 3, 2, 7) == 2 * 3 * 7 * 2 + 2 * 5 * 3 * 2  # X B^T first
 
 
 def test_mora_size():
