@@ -14,6 +14,7 @@ from sibling_references import (
     LoRA,
     MoKA,
     MoKAs,
+    QAMoKA,
     mora_size,
 )
 
@@ -163,7 +164,7 @@ KRONECKER_SUMS = {
 def test_is_the_kronecker_sum(label):
     sibling, m, n = EXAMPLES[label]
     t = draw(sibling, m, n)
-    if label == "qa_moka":
+    if isinstance(sibling, QAMoKA):
         t["repeated"] = t["B"].repeat_interleave(sibling.q, 2)
     terms = KRONECKER_SUMS[label](t, sibling, m, n)
     expected = sum(torch.kron(a.double().contiguous(), b.double().contiguous()) for a, b in terms)
@@ -176,6 +177,7 @@ def test_only_the_cropped_are_no_kronecker_sums():
 
 def test_qa_moka_is_constant_in_groups_of_inputs():
     sibling, m, n = EXAMPLES["qa_moka"]
+    assert isinstance(sibling, QAMoKA)
     groups = sibling.update(draw(sibling, m, n), m, n).reshape(m, -1, sibling.q)
     assert torch.equal(groups, groups[:, :, :1].expand_as(groups))
     assert not torch.allclose(groups[:, 0], groups[:, 1])
