@@ -1,0 +1,74 @@
+"""The references of the sibling adapters against the layers of peft, for the methods that it has."""
+
+import pytest
+import torch
+from sibling_references import C3A, EXAMPLES, GraLoRA, LoKr, LoRA, MiSS, VeRA
+from torch import nn
+
+peft = pytest.importorskip("peft")
+
+LABELS = (
+    "lora",
+    "rslora",
+    "lokr",
+    "lokr_low_rank",
+    "lokr_both",
+    "gralora",
+    "miss",
+    "miss_padded",
+    "miss_mini",
+    "c3a",
+    "vera",
+)
+CASES = {label: EXAMPLES[label] for label in LABELS} | {
+    "lokr_factor": (LoKr(r=2, alpha=3, decompose_factor=12), 24, 30),
+    "lokr_factor_above_root": (LoKr(r=4, alpha=3, decompose_factor=12), 24, 24),
+    "lokr_half": (LoKr(r=4, alpha=3), 32, 16),  # w2 is 8 x 4: just full
+    "lokr_prime": (LoKr(r=4, alpha=3), 13, 24),
+    "gralora_4": (GraLoRA(r=8, k=4, alpha=3), 16, 24),
+    "c3a_6": (C3A(6), 24, 12),
+}
+
+
+def config_of(sibling):
+    """peft's configuration of the same options."""
+    if isinstance(sibling, LoKr):
+        names = ("r", "alpha", "decompose_factor", "decompose_both")
+        return peft.LoKrConfig(**{name: getattr(sibling, name) for name in names})
+    if isinstance(sibling, LoRA):
+        return peft.LoraConfig(r=sibling.r, lora_alpha=sibling.alpha, use_rslora=sibling.rslora)
+    if isinstance(sibling, MiSS):
+        mini = {"init_weights": "mini", "mini_r": sibling.mini} if sibling.mini else {}
+        return peft.MissConfig(r=sibling.r, **mini)
+    if isinstance(sibling, C3A):
+        return peft.C3AConfig(block_size=sibling.b)
+    if isinstance(sibling, GraLoRA):
+        return peft.GraloraConfig(r=sibling.r, gralora_k=sibling.k, alpha=sibling.alpha)
+    assert isinstance(sibling, VeRA)
+    return peft.VeraConfig(r=sibling.r)
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_update_is_that_of_peft(label):
+    """Same trained tensors, and the same output of the layer but for the base's, with random tensors."""
+    torch.manual_seed(0)
+    sibling, m, n = CASES[label]
+    base = nn.Sequential()
+    base.add_module("linear", nn.Linear(n, m, bias=False, dtype=torch.float64))
+    config = config_of(sibling)
+    config.target_modules = {"linear"}
+    layer = peft.get_peft_model(base, config).base_model.model.linear
+    tensors = {
+        name.replace(".default", "").removesuffix(".weight"): parameter
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad
+    }
+    assert {name: tuple(x.shape) for name, x in tensors.items()} == sibling.tensors(m, n)
+    tensors |= {name: getattr(layer, name)["default"] for name in sibling.given(m, n)}
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.normal_()
+        x = torch.eye(n, dtype=torch.float64)
+        dW = (layer(x) - layer.base_layer(x)).T
+        expected = sibling.update({name: x.double() for name, x in tensors.items()}, m, n)
+    torch.testing.assert_close(dW, expected, rtol=1e-5, atol=1e-5)
