@@ -46,8 +46,8 @@ class MokaConfig:
         init: "default" (A random, B zero), "swapped", "svd" (the leading Kronecker components of the base
             weight, with a gate of zeros: for gate="matrix" or "linear"), or "residual" (the same with its
             gate, and the base becomes what is left, in 4 bits again if it was: SoKA, arXiv 2506.15251). What
-            is left of a weight is as hard to quantize as the weight: expect another direction of training, not a
-            smaller error.
+            is left of a weight is as hard to quantize as the weight: expect another direction of training,
+            not a smaller error.
         magnitude: train the norm of each row apart from its direction (DoRA, `moka/magnitude.py`).
         train: which of "A", "B", "gate" and "magnitude" are trained; the others stay as they start.
         tie: "A" or "B": the layers whose components agree share these factors; None: each has its own.

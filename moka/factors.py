@@ -11,8 +11,9 @@ kind is written as `name(arguments)`:
     shift(j)             the cyclic shift (S x)_p = x_(p-j), square
     lowrank(r)           U V with U [rows, r], V [r, cols]
     repeat(q)            each column of a [rows, cols/q] matrix q times: M kron 1_(1 x q)
-    circulant(b)         blocks b x b, each a circular convolution: W[I, J, (p-q) mod b] at (I,p), (J,q)
+    circulant(b)         blocks b x b, each circulant: W[I, J, (q-p) mod b] / cols at row (I,p), column (J,q)
     khatri_rao(d)        U[i, j] V[p, j] at row (i, p) and column j, with U [d, cols], V [rows/d, cols]
+    khatri_rao_rows(d)   U[i, j] V[i, q] at row i and column (j, q), with U [rows, d], V [rows, cols/d]
     random(i,s)          the i-th frozen random matrix of seed s, its rows times a vector shared by all
 """
 
@@ -209,12 +210,16 @@ def _repeat(parts: list[Tensor], rows: int, cols: int, *_: object) -> Tensor:
 def _circulant(parts: list[Tensor], rows: int, cols: int, arguments: Sequence[tuple[int, ...]], *_) -> Tensor:
     b = arguments[0][0]
     p = torch.arange(b, device=parts[0].device)
-    blocks = parts[0].view(-1, rows // b, cols // b, b)[..., (p[:, None] - p) % b]  # [g, I, J, p, q]
-    return blocks.transpose(2, 3).reshape(-1, rows, cols)
+    blocks = parts[0].view(-1, rows // b, cols // b, b)[..., (p - p[:, None]) % b]  # [g, I, J, p, q]
+    return blocks.transpose(2, 3).reshape(-1, rows, cols) / cols
 
 
 def _khatri_rao(parts: list[Tensor], rows: int, cols: int, *_: object) -> Tensor:
     return (parts[0][:, :, None] * parts[1][:, None]).view(-1, rows, cols)
+
+
+def _khatri_rao_rows(parts: list[Tensor], rows: int, cols: int, *_: object) -> Tensor:
+    return (parts[0][..., None] * parts[1][:, :, None]).view(-1, rows, cols)
 
 
 def _random(
@@ -254,6 +259,9 @@ KINDS = {
     ),
     "khatri_rao": Kind(
         lambda r, c, d: ((d, c), (r // d, c)), _khatri_rao, 1, lambda r, c, d: _divides((d, r))
+    ),
+    "khatri_rao_rows": Kind(
+        lambda r, c, d: ((r, d), (r, c // d)), _khatri_rao_rows, 1, lambda r, c, d: _divides((d, c))
     ),
     # the first of them holds the vector for all
     "random": Kind(lambda r, c, i, seed: ((r, 1),) if i == 0 else (), _random, 2),

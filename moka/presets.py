@@ -169,6 +169,10 @@ def _kradapter() -> dict[str, Any]:
     return _fixed(1.0, r=1, shapes="kradapter")
 
 
+def _cdka(r: int = 4, r1: int = 2, r2: int = 8, alpha: float = 4.0) -> dict[str, Any]:
+    return _fixed(alpha, r=r, shapes=f"cdka({r1},{r2})")
+
+
 def _qa_moka(r: int = 10, group: int = 64) -> dict[str, Any]:
     return {"r": r, "shapes": f"qa({group})"}
 
@@ -203,7 +207,7 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("mora", "MoRA with sharing, arXiv 2405.12130", "1 kron M", "s^2, at most rank (m + n)", "s",
            _mora),
     Preset("bone", "Bone (MiSS), arXiv 2409.15371", "1_(1 x n/r) kron C", "m r", "r", _bone),
-    Preset("c3a", "C3A, arXiv 2407.19342", "sum_j W_j kron S^j, S the cyclic shift", "m n / block",
+    Preset("c3a", "C3A, arXiv 2407.19342", "1/n sum_j W_j kron S^j, S the cyclic shift", "m n / block",
            "min(m, n)", _c3a),
     Preset("kron-vera", "VeRA, arXiv 2310.11454, for Kronecker products", "sum_i g_i D_a A_i kron D_c B_i",
            "a + c + r", "min(m, n)", _kron_vera),
@@ -211,8 +215,10 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
            "r", _lora_xs),
     Preset("moka-xs", "LoRA-XS, arXiv 2405.17604, for Kronecker products", "sum_ij M_ij A_i kron B_j", "r^2",
            "min(m, n)", _moka_xs),
-    Preset("kradapter", "KRAdapter, arXiv 2508.00230", "sum_j (u_j kron v_j) e_j^T", "n (d + m/d)",
-           "min(m, n)", _kradapter),
+    Preset("kradapter", "KRAdapter, arXiv 2508.00230", "sum_j (u_j kron v_j) e_j^T, or its transpose",
+           "min(m, n) (d + max(m, n)/d)", "min(m, n)", _kradapter),
+    Preset("cdka", "CDKA, arXiv 2602.01267", "alpha/r sum_i B_i kron A_i, B_i m/r1 x r2, A_i r1 x n/r2",
+           "r (m r2 / r1 + n r1 / r2)", "r min(m/r1, r2) min(r1, n/r2)", _cdka),
     Preset("qa-moka", "QA-LoRA, arXiv 2309.14717, for Kronecker products",
            "sum_i softmax(g)_i A_i kron (B_i kron 1_(1 x group))", "sum_i (a_i b_i + c_i d_i / group) + r",
            "min(m, n / group)", _qa_moka),

@@ -197,7 +197,15 @@ def _kron_vera(N: int, K: int, r: int) -> Shapes:
 
 
 def _kradapter(N: int, K: int, r: int) -> Shapes:
-    return (KronShape(1, 1, N, K, a="ones", b=f"khatri_rao({_at_most(N, math.isqrt(N))})"),)
+    # the longer side is the one of products
+    kind, size = ("khatri_rao", N) if N > K else ("khatri_rao_rows", K)
+    return (KronShape(1, 1, N, K, a="ones", b=f"{kind}({_at_most(size, math.isqrt(min(N, K)))})"),)
+
+
+def _cdka(N: int, K: int, r: int, r1: int = 2, r2: int = 8) -> Shapes:
+    _need_divisor(r1, N)
+    _need_divisor(r2, K)
+    return (KronShape(N // r1, r2, r1, K // r2),) * r
 
 
 def _qa(N: int, K: int, r: int, group: int = 64) -> Shapes:
@@ -247,6 +255,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "c3a": _c3a,
     "kron_vera": _kron_vera,
     "kradapter": _kradapter,
+    "cdka": _cdka,
     "qa": _qa,
 }
 #: Rules that split both dimensions as evenly as they can.

@@ -46,7 +46,7 @@ def test_circulant_is_a_sum_of_kronecker_products_with_shifts():
     p = parameters(f"circulant({b})", rows, cols)
     W = p.view(rows // b, cols // b, b)
     shifts = [dense(f"shift({j})", b, b, torch.empty(0, dtype=torch.float64))[0] for j in range(b)]
-    expected = sum(torch.kron(W[:, :, j], shifts[j]) for j in range(b))
+    expected = sum(torch.kron(W[:, :, j].contiguous(), shifts[j].T.contiguous()) for j in range(b)) / cols
     torch.testing.assert_close(dense(f"circulant({b})", rows, cols, p)[0], expected)
 
 
@@ -56,6 +56,14 @@ def test_khatri_rao():
     got = dense("khatri_rao(2)", 6, 4, p)[0]
     for j in range(4):
         torch.testing.assert_close(got[:, j], torch.kron(U[:, j], V[:, j]))
+
+
+def test_khatri_rao_rows_are_the_transpose():
+    p = parameters("khatri_rao_rows(2)", 4, 6)
+    U, V = p[:8].view(4, 2), p[8:].view(4, 3)
+    got = dense("khatri_rao_rows(2)", 4, 6, p)[0]
+    for i in range(4):
+        torch.testing.assert_close(got[i], torch.kron(U[i], V[i]))
 
 
 def test_random_factors_are_the_same_everywhere_and_share_one_vector():
@@ -89,7 +97,9 @@ def test_constants_made_in_inference_mode_serve_training():
     (x * constant(plan([("ones", 3, 3)])[0], torch.float32, torch.device("cpu"))).sum().backward()  # pyright: ignore
 
 
-@pytest.mark.parametrize("kind", ["lowrank(2)", "repeat(2)", "circulant(2)", "khatri_rao(2)", "random(0,0)"])
+@pytest.mark.parametrize(
+    "kind", ["lowrank(2)", "repeat(2)", "circulant(2)", "khatri_rao(2)", "khatri_rao_rows(2)", "random(0,0)"]
+)
 def test_gradients(kind):
     p = parameters(kind, 4, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda p: dense(kind, 4, 4, p), p)
@@ -108,7 +118,16 @@ def test_sides_of_several_kinds_keep_their_order():
 
 
 @pytest.mark.parametrize(
-    "kind", ["dense", "lowrank(2)", "repeat(2)", "circulant(2)", "khatri_rao(2)", "random(0,0)"]
+    "kind",
+    [
+        "dense",
+        "lowrank(2)",
+        "repeat(2)",
+        "circulant(2)",
+        "khatri_rao(2)",
+        "khatri_rao_rows(2)",
+        "random(0,0)",
+    ],
 )
 def test_a_zero_start_is_zero_and_can_leave_it(kind):
     p = torch.empty(factors.numel(kind, 4, 6), dtype=torch.float64)
