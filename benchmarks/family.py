@@ -30,7 +30,7 @@ from moka.data import Collator, TextDataset, read_jsonl
 from moka.loading import load_model
 
 TARGETS = ["q_proj", "v_proj"]
-PROBE = 32  # rows for the loss
+PROBE = 16  # rows for the loss
 EVERY = 6  # steps between two measurements
 Batches = list[dict[str, Tensor]]
 

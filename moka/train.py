@@ -21,6 +21,8 @@ from .errors import StateError
 from .evaluate import Progress, evaluate_rows
 from .inject import inject
 from .loading import EMBEDDED, load_model
+from .presets import preset
+from .rates import param_groups
 from .safefile import write_atomic
 from .summary import summary
 
@@ -46,13 +48,18 @@ class RunConfig(pydantic.BaseModel):
     data: str = pydantic.Field("embedded:arc_easy", description="a .jsonl[.gz] file, or embedded:TASK")
     eval_data: str | None = pydantic.Field(None, description="scored after training; the validation split")
     output: str = "moka-out"
-    adapter: dict[str, Any] = pydantic.Field(default_factory=dict, description="the fields of MokaConfig")
+    adapter: dict[str, Any] = pydantic.Field(
+        default_factory=dict, description="the fields of MokaConfig; or a preset, its options and such fields"
+    )
     max_length: int = pydantic.Field(512, ge=16, description="tokens per row")
     batch_size: int = pydantic.Field(16, ge=1, description="rows per step of each process")
     gradient_accumulation: int = pydantic.Field(1, ge=1)
     epochs: float = pydantic.Field(1.0, gt=0)
     max_steps: int | None = pydantic.Field(None, ge=1, description="ends the run before its epochs do")
     learning_rate: float = pydantic.Field(3e-3, gt=0)
+    rates: Literal["equal", "fan_in"] = pydantic.Field(
+        "equal", description="fan_in: rates of A and B from their shapes (moka.param_groups)"
+    )
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     warmup: float = pydantic.Field(0.05, ge=0, lt=1, description="share of the steps")
     weight_decay: float = pydantic.Field(0.0, ge=0)
@@ -70,6 +77,10 @@ class RunConfig(pydantic.BaseModel):
     @pydantic.field_validator("adapter")
     @classmethod
     def _adapter(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "preset" in value:
+            return preset(
+                **{"name": value["preset"], **{k: v for k, v in value.items() if k != "preset"}}
+            ).to_dict()
         return MokaConfig.from_dict(value).to_dict()
 
     def torch_dtype(self) -> torch.dtype | None:
@@ -154,9 +165,15 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
         write_atomic(output / "config.yaml", config.to_yaml().encode())
 
+    optimizer = None
+    if config.rates != "equal":
+        kind, settings = MokaTrainer.get_optimizer_cls_and_kwargs(arguments)
+        groups = param_groups(model, config.learning_rate, config.rates, weight_decay=config.weight_decay)
+        optimizer = kind, {**settings, "params": groups}
     trainer = MokaTrainer(
         model,
         arguments,
+        optimizer_cls_and_kwargs=optimizer,
         train_dataset=dataset,
         data_collator=Collator(tokenizer.pad_token_id or tokenizer.eos_token_id or 0),
     )

@@ -325,3 +325,46 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path):
     )
     saving.train()
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def test_a_preset_with_rates_from_shapes_resumes_bit_equal(tmp_path):
+    adapter = {"preset": "lora", "r": 3, "alpha": 6, "target_modules": ["q_proj"]}
+    fields = {"adapter": adapter, "rates": "fan_in", "schedule": "constant_with_warmup", "warmup": 0}
+    states = []
+    for output, steps in (("whole", [4]), ("parts", [2, 4])):
+        for last in steps:
+            config = settings(
+                tmp_path / output, **{**fields, "max_steps": last}, resume=last == 4 != steps[0]
+            )
+            model = tiny_model()
+            train(config, model, TOKENIZER, rows_of(OBJECTS, "test"))
+        assert model.moka_config["default"].shapes == "lora" and model.moka_config["default"].scale == 6.0
+        states.append(adapter_state(model))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    moved = [name for name in states[0] if "moka_A" in name and states[0][name].any()]
+    assert moved
+    with pytest.raises(ValueError, match="nearest valid one is 'alpha'"):
+        settings(tmp_path, adapter={"preset": "lora", "alfa": 3})
+
+
+def test_rates_reach_the_optimizer(tmp_path, monkeypatch):
+    seen = {}
+    original = MokaTrainer.create_optimizer
+
+    def spy(self, *args, **kwargs):
+        made = original(self, *args, **kwargs)
+        seen.update({id(p): group["lr"] for group in made.param_groups for p in group["params"]})
+        return made
+
+    monkeypatch.setattr(MokaTrainer, "create_optimizer", spy)
+    model = tiny_model()
+    adapter = {"preset": "lora", "r": 2, "target_modules": ["q_proj"]}
+    train(
+        settings(tmp_path, adapter=adapter, rates="fan_in", max_steps=1),
+        model,
+        TOKENIZER,
+        rows_of(OBJECTS, "test"),
+    )
+    layer = next(iter(moka.adapter_layers(model).values()))
+    assert seen[id(layer.moka_A["default"])] == pytest.approx(16 * seen[id(layer.moka_B["default"])])
