@@ -114,7 +114,7 @@ def _compacter(n: int = 4, rank: int = 1) -> dict[str, Any]:
 
 
 def _soka(r: int = 10) -> dict[str, Any]:
-    return {"r": r, "shapes": "even", "gate": "linear", "init": "residual"}
+    return {"r": r, "shapes": "even", "gate": "linear", "scale": 1.0, "init": "residual"}
 
 
 def _lora(r: int = 8, alpha: float = 8.0) -> dict[str, Any]:
