@@ -104,7 +104,7 @@ def gralora(layer: MokaLinear, A: Tensor, B: Tensor, gate: Tensor) -> Tensors:
 
 def kron_vera(layer: MokaLinear, A: Tensor, B: Tensor, gate: Tensor) -> Tensors:
     form = layer.forms["default"]
-    drawn = [constant(side[0], torch.float64, A.device) for side in (form.a, form.b)]  # pyright: ignore
+    drawn = [constant(*side[0][:4], torch.float64, A.device) for side in (form.a, form.b)]  # pyright: ignore
     return {"g": gate, "scale_a": A, "scale_c": B, "A": drawn[0], "B": drawn[1]}
 
 
