@@ -146,11 +146,14 @@ def with_weight(layer: Any, weight: Tensor, dtype: torch.dtype | None = None) ->
     base = weight_of(layer)
     if isinstance(base, NF4Weight) and dtype is None:
         packed = nf4.quantize(weight, base.blocksize, base.double_quant)
-        return NF4Linear(replace(packed, dtype=base.dtype), layer.bias)
+        four_bit = NF4Linear(replace(packed, dtype=base.dtype), layer.bias)
+        four_bit._parameters["bias"] = layer.bias
+        return four_bit
     linear = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype or base.dtype), requires_grad=False)
+    # accelerate's init_empty_weights, within which peft may call this, would make them empty
+    linear._parameters["weight"] = nn.Parameter(weight.to(dtype or base.dtype), requires_grad=False)
     if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().to(linear.weight.dtype), requires_grad=False)
+        linear._parameters["bias"] = nn.Parameter(layer.bias.detach().to(linear.weight.dtype), False)
     return linear
 
 

@@ -142,6 +142,8 @@ class MokaConfig:
                 _fail(name, getattr(self, name), "True or False")
         if self.magnitude and (self.dropout or self.gate == "routed"):
             _fail("magnitude", True, "dropout=0 and a gate that is the same for all tokens with it")
+        if self.init == "residual" and self.gate not in ("softmax", "sigmoid", "linear", "none"):
+            _fail("init", self.init, "a gate that starts uniform with it: softmax, sigmoid, linear or none")
         if self.init == "svd" and self.gate not in ("matrix", "linear"):
             _fail("init", self.init, "gate='matrix' or 'linear' with it, which can be zero")
 

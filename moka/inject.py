@@ -209,11 +209,15 @@ def tie(layers: Iterable[MokaLinear], name: str) -> None:
     """
     shared: dict[tuple, nn.Parameter] = {}
     for layer in layers:
-        side = layer.configs[name].tie
-        if side is not None:
-            table = layer.moka_A if side == "A" else layer.moka_B
-            key = tuple(shape.side(side) for shape in layer.shapes[name])
+        if (key := tied_by(layer, name)) is not None:
+            table = getattr(layer, key[0])
             table[name] = shared.setdefault((*key, table[name].device), table[name])
+
+
+def tied_by(layer: MokaLinear, name: str) -> tuple | None:
+    """The table with an adapter's shared factors, and what layers that share them have in common."""
+    side = layer.configs[name].tie
+    return side and (f"moka_{side}", *(shape.side(side) for shape in layer.shapes[name]))  # pyright: ignore
 
 
 def _wrappers(model: nn.Module) -> list[MokaLinear | TrainedCopy]:

@@ -122,22 +122,32 @@ class MokaLinear(nn.Module):
             init_factors_(A, B, shapes, config.init)
         if name in self.moka_gate:
             gates.reset_logits_(config.gate, self.moka_gate[name], zero=config.init == "svd")
-        if config.init == "residual" and not A.is_meta:
+        if config.init == "residual" and self.weight_device().type != "meta":
             self._split_base(name)
         if config.magnitude and not A.is_meta:
             self.moka_magnitude[name].copy_(magnitude.row_norms(self, None))
 
     def _split_base(self, name: str) -> None:
-        """Moves the leading Kronecker components of the base weight into an adapter: W = rest + dW."""
+        """Moves the leading Kronecker components of the base weight into an adapter: W = rest + dW.
+
+        The rest does not depend on values that the adapter has, so that loading one can repeat the split.
+        """
         self.base_layer, self.replaced = self.original_layer(), None
-        weight = bases.dense_of(self.base_layer)
-        alpha, shapes = self.alpha(name), self.shapes[name]
-        terms = [(A / a.sqrt(), B / a.sqrt()) for a, (A, B) in zip(alpha, fit(weight, shapes), strict=True)]
-        for side, table in enumerate((self.moka_A, self.moka_B)):
-            table[name].copy_(torch.cat([term[side].flatten() for term in terms]))
-        rest = weight - self.delta_weight(name)
+        weight, shapes = bases.dense_of(self.base_layer), self.shapes[name]
+        alpha = self.scaling[name] / len(shapes)  # of each component, as the gate starts
+        terms = fit(weight, shapes)
+        rest = weight.clone()
+        flat = [
+            torch.cat([term[side].flatten() for term in terms]).div(alpha**0.5).to(self.moka_A[name].dtype)
+            for side in (0, 1)
+        ]
+        for A, B in reference.split_factors(flat[0].float(), flat[1].float(), shapes):
+            rest -= alpha * torch.kron(A, B)
         self.replaced = MergedBase(self.base_layer, 0.0)
         self.base_layer = bases.with_weight(self.base_layer, rest)
+        if not self.moka_A[name].is_meta:
+            self.moka_A[name].copy_(flat[0])
+            self.moka_B[name].copy_(flat[1])
 
     def original_layer(self) -> nn.Module:
         """The base layer as it was before any adapter changed it, if none is merged."""

@@ -136,8 +136,9 @@ def test_peft(name, tmp_path):
     with torch.no_grad():
         before = model(ids).logits
         model.save_pretrained(tmp_path)
-        again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path)
-        torch.testing.assert_close(again(ids).logits, before)
+        for low in (False, True):
+            again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path, low_cpu_mem_usage=low)
+            torch.testing.assert_close(again(ids).logits, before)
         moka.eject(same)
         with pytest.warns(UserWarning, match="checksum"):
             moka.load_adapter(same, tmp_path, adapter_name="other")
@@ -173,6 +174,18 @@ def test_tied_factors_are_one_parameter(tmp_path):
     first, *others = (layer.moka_A["default"] for layer in adapter_layers(again).values())
     assert all(other is first for other in others)
     assert torch.equal(first, layers[0].moka_A["default"])
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_tied_factors_stay_so_in_peft(tmp_path, low):
+    own = moka.preset("compacter", n=4, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(tiny_model(), PeftMokaConfig.from_moka(own, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True, low_cpu_mem_usage=low)
+    factors = [
+        layer.moka_A["default"] for layer in adapter_layers(again).values() if layer.out_features == 64
+    ]
+    assert len(factors) > 1 and all(other is factors[0] for other in factors)
 
 
 def test_frozen_parts_do_not_train():

@@ -15,7 +15,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from ...errors import CheckpointMismatchError, ConfigError, StateError
-from ...inject import adapter_layers, check_adapter_name, check_linear4bit, stop_repacking, tie
+from ...inject import adapter_layers, check_adapter_name, check_linear4bit, stop_repacking, tie, tied_by
 from ...merge import merge_layers, unmerge
 from ...mixed import Rows, mixed_batch
 from ...quantize import dequantize
@@ -139,6 +139,18 @@ class MokaModel(BaseTuner):
                 f"({missing[:5]}), {len(unexpected)} unexpected ({unexpected[:5]}); load it into the model "
                 f"that it was trained on"
             )
+        # layers that share a parameter must share the one that low_cpu_mem_usage puts in its place
+        shared: dict[tuple, str] = {}
+        for path, layer in adapter_layers(model).items():
+            key = tied_by(layer, adapter_name) if adapter_name in layer.configs else None
+            if key is not None:
+                name = f"{path}.{key[0]}.{adapter_name}"
+                source = shared.setdefault(key, name)
+                if not torch.equal(state[name], state[source]):
+                    raise CheckpointMismatchError(f"{name} differs from {source}, but tie={config.tie!r}")
+                if source == name:
+                    state[name] = nn.Parameter(state[name], requires_grad=expected[name].requires_grad)
+                state[name] = state[source]
         return state
 
     # -- merging ------------------------------------------------------------------------------------------
