@@ -197,9 +197,10 @@ def _kron_vera(N: int, K: int, r: int) -> Shapes:
 
 
 def _kradapter(N: int, K: int, r: int) -> Shapes:
-    # the longer side is the one of products
+    # the longer side is the one of products, of the longer vector with the shorter one
     kind, size = ("khatri_rao", N) if N > K else ("khatri_rao_rows", K)
-    return (KronShape(1, 1, N, K, a="ones", b=f"{kind}({_at_most(size, math.isqrt(min(N, K)))})"),)
+    longer = size // _at_most(size, math.isqrt(min(N, K)))
+    return (KronShape(1, 1, N, K, a="ones", b=f"{kind}({longer})"),)
 
 
 def _cdka(N: int, K: int, r: int, r1: int = 2, r2: int = 8) -> Shapes:

@@ -204,14 +204,13 @@ def _kradapter(o, layer, A, B, gate, N, K):
 def _kron_vera(o, layer, A, B, gate, N, K):
     s = layer.shapes["default"][0]
     sibling = ref.KronVeRA(s.ma, s.na, o["r"])
-    frozen = {
-        name: frozen_random(size, seed) for seed, (name, size) in enumerate(sibling.given(N, K).items())
-    }
+    sizes = sibling.given(N, K).items()
+    frozen = {name: frozen_random(size, seed) for seed, (name, size) in enumerate(sizes)}
     return sibling, frozen | {"scale_a": A, "scale_c": B, "g": o["r"] * gate}
 
 
 def frozen_random(size: tuple[int, ...], seed: int) -> Tensor:
-    """U(-b, b), b = sqrt(3 / columns), from 24 bits of Philox keyed by the number of the matrix and a seed."""
+    """U(-b, b), b = sqrt(3 / columns), from 24 bits of Philox keyed by the matrix' number and a seed."""
     out = np.empty(size)
     for i in range(size[0]):
         bits = np.random.Philox(key=[i, seed]).random_raw(size[1] * size[2]) // 2**40

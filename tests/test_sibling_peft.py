@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from sibling_presets import CASES as PRESET_CASES
+from sibling_presets import layer_of, mapped
 from sibling_references import C3A, EXAMPLES, GraLoRA, LoKr, LoRA, MiSS, VeRA
 from torch import nn
+
+import moka
 
 peft = pytest.importorskip("peft")
 
@@ -48,11 +52,8 @@ def config_of(sibling):
     return peft.VeraConfig(r=sibling.r)
 
 
-@pytest.mark.parametrize("label", CASES)
-def test_update_is_that_of_peft(label):
-    """Same trained tensors, and the same output of the layer but for the base's, with random tensors."""
-    torch.manual_seed(0)
-    sibling, m, n = CASES[label]
+def layer_in_peft(sibling, m, n):
+    """peft's adapted layer without bias in fp64, and its trained tensors by the reference's names."""
     base = nn.Sequential()
     base.add_module("linear", nn.Linear(n, m, bias=False, dtype=torch.float64))
     config = config_of(sibling)
@@ -63,12 +64,60 @@ def test_update_is_that_of_peft(label):
         for name, parameter in layer.named_parameters()
         if parameter.requires_grad
     }
+    return layer, tensors
+
+
+def update_of(layer, n):
+    """What a layer adds to its base's output for every input: dW."""
+    x = torch.eye(n, dtype=torch.float64)
+    return (layer(x) - layer.base_layer(x)).T
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_update_is_that_of_peft(label):
+    """Same trained tensors, and the same output of the layer but for the base's, with random tensors."""
+    sibling, m, n = CASES[label]
+    layer, tensors = layer_in_peft(sibling, m, n)
     assert {name: tuple(x.shape) for name, x in tensors.items()} == sibling.tensors(m, n)
     tensors |= {name: getattr(layer, name)["default"] for name in sibling.given(m, n)}
     with torch.no_grad():
         for tensor in tensors.values():
             tensor.normal_()
-        x = torch.eye(n, dtype=torch.float64)
-        dW = (layer(x) - layer.base_layer(x)).T
         expected = sibling.update({name: x.double() for name, x in tensors.items()}, m, n)
-    torch.testing.assert_close(dW, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(update_of(layer, n), expected, rtol=1e-5, atol=1e-5)
+
+
+PRESETS_IN_PEFT = ("lora", "rslora", "lokr", "bone", "c3a", "gralora")
+
+
+@pytest.mark.parametrize(
+    "label", [label for label, case in PRESET_CASES.items() if case[0] in PRESETS_IN_PEFT]
+)
+def test_a_preset_with_the_tensors_of_peft_is_its_layer(label):
+    _, _, m, n = PRESET_CASES[label]
+    own = layer_of(label)
+    with torch.no_grad():
+        sibling, mine = mapped(label, own, own.moka_A["default"], own.moka_B["default"], None)
+        layer, tensors = layer_in_peft(sibling, m, n)
+        assert {k: x.shape for k, x in tensors.items()} == {k: x.shape for k, x in mine.items()}
+        for name, tensor in tensors.items():
+            tensor.copy_(mine[name])
+        torch.testing.assert_close(update_of(own, n), update_of(layer, n), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "fields"),
+    [
+        ("lora", "LoraConfig", {"r": "r", "alpha": "lora_alpha"}),
+        ("rslora", "LoraConfig", {"r": "r", "alpha": "lora_alpha"}),
+        ("lokr", "LoKrConfig", {"rank": "r", "alpha": "alpha"}),
+        ("bone", "MissConfig", {"r": "r"}),
+        ("gralora", "GraloraConfig", {"r": "r", "blocks": "gralora_k", "alpha": "alpha"}),
+    ],
+)
+def test_defaults_are_those_of_peft(name, config, fields):
+    theirs = getattr(peft, config)()
+    assert moka.preset(name).gate == "none"
+    assert moka.presets()[name].options | {own: getattr(theirs, key) for own, key in fields.items()} == (
+        moka.presets()[name].options
+    )

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers import errors
 from sibling_presets import CASES, layer_of, mapped
 from sibling_references import mora_size
 from torch import nn
 
 import moka
+from helpers import errors
 from moka.inject import adapter_layers
 from moka.presets import PRESETS
 
@@ -90,3 +90,15 @@ def test_mora_is_as_large_as_published_where_that_divides():
         model = nn.Sequential(nn.Linear(4096, 4096))
     moka.inject(model, moka.preset("mora", rank=8, target_modules=["0"]))
     assert math.isqrt(adapter_layers(model)["0"].moka_B["default"].numel()) == mora_size(4096, 4096, 8)
+
+
+def test_lora_xs_starts_with_the_singular_values_on_the_side_of_the_input():
+    model = nn.Sequential(nn.Linear(48, 32))
+    moka.inject(model, moka.preset("lora-xs", r=3, target_modules=["0"]))
+    layer = adapter_layers(model)["0"]
+    _, tensors = mapped("lora-xs", layer, *parameters(layer))
+    U, S, Vh = torch.linalg.svd(layer.base_layer.weight)
+    signs = (tensors["lora_B"] * U[:, :3]).sum(0).sign()
+    torch.testing.assert_close(tensors["lora_B"] * signs, U[:, :3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((tensors["lora_A"].T * signs).T, (S[:3] * Vh[:3].T).T, rtol=1e-4, atol=1e-5)
+    assert not tensors["R"].any()
