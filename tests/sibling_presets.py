@@ -74,10 +74,10 @@ def mapped(label: str, layer: MokaLinear, A: Tensor, B: Tensor, gate: Tensor | N
     return MAPS[name](options, layer, A, B, gate, N, K)
 
 
-def cut(flat: Tensor, sizes: Iterable[tuple[int, int]]) -> list[Tensor]:
+def cut(flat: Tensor, sizes: Iterable[tuple[int, ...]]) -> list[Tensor]:
     """The matrices of these sizes that lie one after the other."""
     sizes = list(sizes)
-    parts = flat.split([rows * cols for rows, cols in sizes])
+    parts = flat.split([math.prod(size) for size in sizes])
     return [part.view(size) for part, size in zip(parts, sizes, strict=True)]
 
 

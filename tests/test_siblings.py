@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +42,7 @@ def test_update(label):
         assert {name: tuple(x.shape) for name, x in tensors.items()} == sizes
         expected = sibling.update(tensors, N, K)
         terms = zip(layer.alpha("default").double(), layer.factors("default"), strict=True)
-        update = sum(a * torch.kron(A, B) for a, (A, B) in terms)
-        assert isinstance(update, torch.Tensor) and update.dtype == torch.float64
+        update = torch.stack([a * torch.kron(A, B) for a, (A, B) in terms]).sum(0)
     torch.testing.assert_close(update, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
     torch.testing.assert_close(
         layer.delta_weight("default").double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item()
@@ -61,8 +61,9 @@ def test_output_and_gradients(label):
     exact = [p.detach().double().requires_grad_(p.requires_grad) for p in own]
     sibling, tensors = mapped(label, layer, *exact, *[None] * (3 - len(exact)))
     x64 = x.detach().double().requires_grad_()
-    weight = layer.base_layer.weight.double() + sibling.update(tensors, N, K)
-    expected = x64 @ weight.T + layer.base_layer.bias.double()
+    base: Any = layer.base_layer
+    weight = base.weight.double() + sibling.update(tensors, N, K)
+    expected = x64 @ weight.T + base.bias.double()
     expected.backward(back.double())
 
     pairs = [(y, expected.detach()), (x.grad, x64.grad)]
