@@ -50,8 +50,9 @@ pytest: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 docs: $(VENV)/.test
-	$(BIN)/python -m pdoc --docformat google --output-directory build/docs moka moka.data moka.embedded moka.errors \
-	  moka.evaluate moka.integrations.peft moka.integrations.preflight moka.integrations.trainer moka.loading moka.train
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs moka moka.algebra moka.convert moka.data \
+	  moka.embedded moka.errors moka.evaluate moka.factors moka.gates moka.kpsvd moka.presets moka.rules \
+	  moka.integrations.peft moka.integrations.preflight moka.integrations.trainer moka.loading moka.train
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py

@@ -30,8 +30,8 @@ from moka.data import Collator, TextDataset, read_jsonl
 from moka.loading import load_model
 
 TARGETS = ["q_proj", "v_proj"]
-PROBE = 16  # rows for the loss
-EVERY = 6  # steps between two measurements
+PROBE = 8  # rows for the loss
+EVERY = 10  # steps between two measurements
 Batches = list[dict[str, Tensor]]
 
 
@@ -99,7 +99,7 @@ def starts(task: Task, options: argparse.Namespace) -> None:
             model = task.adapted(seed, **({"init": "residual"} if method == "residual" else {}), r=10)
             began = time.perf_counter()
             if method in ("gradient", "activation"):
-                moka.start(model, method, batches[:2], seed=seed)
+                moka.start(model, method, batches[:4], seed=seed)
             spent = time.perf_counter() - began
             losses, steps = train(model, batches, probe, options.lr)
             goal = losses[-1] if goal is None else goal  # the zero start comes first

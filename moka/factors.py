@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,20 +159,28 @@ _constants: dict[tuple, Tensor] = {}
 
 def _build(run: Run, flat: Tensor) -> Tensor:
     if not run.parts:
-        return constant(run, flat.dtype, flat.device)
+        return constant(*run[:4], flat.dtype, flat.device)
     return KINDS[run.kind].build(split(flat, run), run.rows, run.cols, run.arguments, flat)
 
 
-@torch.compiler.assume_constant_result
-def constant(run: Run, dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(
+    kind: str,
+    rows: int,
+    cols: int,
+    arguments: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     """The matrices `[factors, rows, cols]` of a kind without parameters, or random ones as drawn; all layers
     share one copy per device."""
-    key = run.kind, run.rows, run.cols, run.arguments, dtype, device
+    build = _random_entries if kind == "random" else KINDS[kind].build
+    if torch.compiler.is_compiling():  # part of the graph
+        return build([], rows, cols, arguments, torch.empty(0, dtype=dtype, device=device))
+    key = kind, rows, cols, arguments, dtype, device
     if key not in _constants:
-        build = _random_entries if run.kind == "random" else KINDS[run.kind].build
         with torch.inference_mode(False), torch.no_grad():  # training may use it later
             like = torch.empty(0, dtype=dtype, device=device)
-            _constants[key] = build([], run.rows, run.cols, run.arguments, like)
+            _constants[key] = build([], rows, cols, arguments, like)
     return _constants[key]
 
 
@@ -225,20 +232,29 @@ def _khatri_rao_rows(parts: list[Tensor], rows: int, cols: int, *_: object) -> T
 def _random(
     parts: list[Tensor], rows: int, cols: int, arguments: tuple[tuple[int, ...], ...], like: Tensor
 ) -> Tensor:
-    drawn = constant(Run("random", rows, cols, arguments, (), 0), like.dtype, like.device)
+    drawn = constant("random", rows, cols, arguments, like.dtype, like.device)
     return parts[0] * drawn  # [1, rows, 1] * [g, rows, cols]
 
 
 def _random_entries(
     parts: object, rows: int, cols: int, arguments: Sequence[tuple[int, ...]], like: Tensor
 ) -> Tensor:
-    """U(-b, b) with b = sqrt(3/cols), so of variance 1/cols. numpy keeps the bits of a generator the same in
-    every version (NEP 19), which PyTorch does not promise."""
-    bound = math.sqrt(3.0 / cols)
-    bits = [np.random.Philox(key=[i, seed]).random_raw(rows * cols) for i, seed in arguments]
-    uniform = (np.stack(bits) >> np.uint64(40)).astype(np.float64) / 2.0**24
-    entries = torch.from_numpy((2.0 * uniform - 1.0) * bound)
-    return entries.to(like.device, like.dtype).view(-1, rows, cols)
+    """U(-b, b) with b = sqrt(3/cols), so of variance 1/cols: a hash of the entry's number, the same on every
+    device and in every version, which a generator of PyTorch need not be."""
+    numbers = torch.arange(rows * cols, device=like.device)
+    start = torch.tensor([[i, seed] for i, seed in arguments], device=like.device)
+    keys = _hash(_hash(start[:, :1]) + start[:, 1:])
+    uniform = (_hash(keys ^ _hash(numbers)) >> 8).double() / 2.0**24
+    return ((2.0 * uniform - 1.0) * math.sqrt(3.0 / cols)).to(like.dtype).view(-1, rows, cols)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A permutation of 32-bit numbers that mixes their bits ("lowbias32" of the hash-prospector project); in
+    64 bits, where a product wraps and keeps its lower half."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def _divides(*pairs: tuple[int, int]) -> bool:

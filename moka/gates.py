@@ -56,7 +56,7 @@ def scaled_gate(
     scale: float,
     r: int,
     temperature: float = 1.0,
-    device: torch.device | None = None,
+    like: Tensor | None = None,
 ) -> Tensor:
     """`scale` times the gate, `[r]` in fp32 (fp64 for fp64 logits), differentiable in `logits`.
 
@@ -65,8 +65,9 @@ def scaled_gate(
     Raises:
         StateError: the gate depends on the token.
     """
-    if logits is None:
-        return torch.full((r,), scale / r, dtype=torch.float32, device=device)
+    if logits is None:  # a gate without has the device of the factors, and fp64 beside fp64
+        assert like is not None
+        return at_least_fp32(like.new_empty(0)).new_full((r,), scale / r)
     logits = at_least_fp32(logits)
     if kind == "routed":
         raise StateError(

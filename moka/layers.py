@@ -300,9 +300,8 @@ class MokaLinear(nn.Module):
         """
         config = self.configs[name]
         logits = None if config.gate == "none" else self.moka_gate[name]
-        device = self.moka_A[name].device if logits is None else None
-        r = len(self.shapes[name])
-        return gates.scaled_gate(config.gate, logits, self.scaling[name], r, config.gate_temperature, device)
+        r, like = len(self.shapes[name]), self.moka_A[name]
+        return gates.scaled_gate(config.gate, logits, self.scaling[name], r, config.gate_temperature, like)
 
     def _train_alpha(self, name: str) -> Tensor:
         """`alpha` in a training step: without the components that a random number or `gate_dropout` leaves

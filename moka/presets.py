@@ -114,7 +114,7 @@ def _compacter(n: int = 4, rank: int = 1) -> dict[str, Any]:
 
 
 def _soka(r: int = 10) -> dict[str, Any]:
-    return {"r": r, "shapes": "even", "gate": "linear", "init": "residual"}
+    return {"r": r, "shapes": "even", "gate": "linear", "scale": 1.0, "init": "residual"}
 
 
 def _lora(r: int = 8, alpha: float = 8.0) -> dict[str, Any]:
@@ -191,8 +191,8 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
            "rank rk W1", _lokr),
     Preset("compacter", "Compacter, arXiv 2106.04647", "sum_i A_i kron s_i t_i, A_i shared by all layers",
            "rank (m + n), and n^3 in all", "min(m, n, n^2 rank)", _compacter),
-    Preset("soka", "SoKA, arXiv 2506.15251", "sum_i sigma_i A_i kron B_i, sigma_i = r g_i",
-           "r (a b + c d + 1)", "sum_i rk A_i rk B_i", _soka),
+    Preset("soka", "SoKA, arXiv 2506.15251", "sum_i sigma_i A_i kron B_i", "r (a b + c d + 1)",
+           "sum_i rk A_i rk B_i", _soka),
     Preset("lora", "LoRA, arXiv 2106.09685", "alpha/r sum_i b_i kron a_i", "r (m + n)", "r", _lora),
     Preset("rslora", "rsLoRA, arXiv 2312.03732", "alpha/sqrt(r) sum_i b_i kron a_i", "r (m + n)", "r",
            _rslora),

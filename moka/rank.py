@@ -359,7 +359,7 @@ def _changed(
             fill = heat * ((logits / heat).logsumexp(0).item() - math.log(len(kept)))
         logits = torch.cat([logits, logits.new_full((len(new),), fill)])
         state["moka_gate"] = nn.Parameter(logits, layer.moka_gate[name].requires_grad)
-    now = scaled_gate(config.gate, logits, scale, r, heat, alpha.device)[: len(kept)]
+    now = scaled_gate(config.gate, logits, scale, r, heat, alpha)[: len(kept)]
     change = torch.where(now == alpha, 1.0, alpha / now)
     if not change.isfinite().all():
         raise StateError(f"gate {config.gate!r} of {name!r}: got {now.tolist()}, expected {alpha.tolist()}")

@@ -197,10 +197,9 @@ def _kron_vera(N: int, K: int, r: int) -> Shapes:
 
 
 def _kradapter(N: int, K: int, r: int) -> Shapes:
-    # the longer side is the one of products, of the longer vector with the shorter one
+    # the longer side is the one of products
     kind, size = ("khatri_rao", N) if N > K else ("khatri_rao_rows", K)
-    longer = size // _at_most(size, math.isqrt(min(N, K)))
-    return (KronShape(1, 1, N, K, a="ones", b=f"{kind}({longer})"),)
+    return (KronShape(1, 1, N, K, a="ones", b=f"{kind}({size // _at_most(size, math.isqrt(min(N, K)))})"),)
 
 
 def _cdka(N: int, K: int, r: int, r1: int = 2, r2: int = 8) -> Shapes:

@@ -337,12 +337,11 @@ class QAMoKA(Sibling):
 
     name = "QA-MoKA"
     paper = "none; the grouping of 2309.14717 QA-LoRA: Quantization-Aware Low-Rank Adaptation ..."
-    formula = "scale sum_i softmax(gate)_i A_i kron (B_i kron 1_{1 x q})"
+    formula = "sum_i softmax(gate)_i A_i kron (B_i kron 1_{1 x q})"
     a: int
     b: int
     q: int
     k: int = 4
-    scale: float = 1.0
 
     def tensors(self, m, n):
         return {
@@ -357,7 +356,7 @@ class QAMoKA(Sibling):
     def update(self, t, m, n):
         blocks = torch.einsum("i,iab,icd->acbd", t["gate"].softmax(0), t["A"], t["B"])
         pool = torch.eye(n, dtype=blocks.dtype).reshape(n // self.q, self.q, n).sum(1)
-        return self.scale * blocks.reshape(m, n // self.q) @ pool
+        return blocks.reshape(m, n // self.q) @ pool
 
     def flops(self, m, n):
         return n + self.k * kron_flops(self.a, self.b, m // self.a, n // self.b // self.q)

@@ -108,3 +108,21 @@ def test_generation_with_a_static_cache(base):
     with moka.disabled(model):
         assert not torch.equal(model.generate(tokens(9), **options), want)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["gralora", "kron-vera", "lora-xs", "kron-lora"])
+def test_presets_compile_to_one_graph(name):
+    """Factors are expanded, and constants made, within the graph."""
+    options = {"gralora": {"r": 4}, "kron-lora": {"size": 8, "rank": 2}, "kron-vera": {"r": 3}}
+    model = moka.inject(
+        torch.nn.Sequential(torch.nn.Linear(64, 64)),
+        moka.preset(name, target_modules=["0"], **options.get(name, {"r": 3})),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    x = torch.randn(5, 64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from sibling_presets import CASES as PRESET_CASES
-from sibling_presets import layer_of, mapped
 from sibling_references import C3A, EXAMPLES, GraLoRA, LoKr, LoRA, MiSS, VeRA
+from test_siblings import EVERY, flat
 from torch import nn
 
 import moka
@@ -87,21 +86,18 @@ def test_update_is_that_of_peft(label):
         torch.testing.assert_close(update_of(layer, n), expected, rtol=1e-5, atol=1e-5)
 
 
-PRESETS_IN_PEFT = ("lora", "rslora", "lokr", "bone", "c3a", "gralora")
+IN_PEFT = ("lora", "rslora", "lokr", "bone", "c3a", "gralora")
 
 
-@pytest.mark.parametrize(
-    "label", [label for label, case in PRESET_CASES.items() if case[0] in PRESETS_IN_PEFT]
-)
-def test_a_preset_with_the_tensors_of_peft_is_its_layer(label):
-    _, _, m, n = PRESET_CASES[label]
-    own = layer_of(label)
+@pytest.mark.parametrize("name, case", [param for param in EVERY if param.values[0] in IN_PEFT])
+def test_a_preset_with_the_tensors_of_peft_is_its_layer(name, case):
+    own, (m, n) = case.layer(name, torch.float64), case.sizes
+    mine = case.tensors(own, *flat(own))
+    layer, tensors = layer_in_peft(case.reference(own), m, n)
+    assert {key: x.shape for key, x in tensors.items()} == {key: x.shape for key, x in mine.items()}
     with torch.no_grad():
-        sibling, mine = mapped(label, own, own.moka_A["default"], own.moka_B["default"], None)
-        layer, tensors = layer_in_peft(sibling, m, n)
-        assert {k: x.shape for k, x in tensors.items()} == {k: x.shape for k, x in mine.items()}
-        for name, tensor in tensors.items():
-            tensor.copy_(mine[name])
+        for key, tensor in tensors.items():
+            tensor.copy_(mine[key])
         torch.testing.assert_close(update_of(own, n), update_of(layer, n), rtol=1e-5, atol=1e-5)
 
 
