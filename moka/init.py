@@ -36,7 +36,7 @@ def init_factors_(A: Tensor, B: Tensor, shapes: Sequence[KronShape], kind: str =
 @torch.no_grad()
 def init_svd_(A: Tensor, B: Tensor, shapes: Sequence[KronShape], weight: NF4Weight | Tensor) -> None:
     """Fills flat factors with the leading Kronecker components of a weight `[N, K]`: `sum_i A_i kron B_i` is
-    the nearest such sum to it, and |B_i| = 1.
+    the nearest such sum to it, and |A_i| = 1: singular values are on the input's side, as in LoRA-XS.
 
     Raises:
         ConfigError: the components differ in shape, or are not dense.
@@ -48,5 +48,5 @@ def init_svd_(A: Tensor, B: Tensor, shapes: Sequence[KronShape], weight: NF4Weig
             f"of one shape (shapes='lora' or 'even')"
         )
     left, right, sigma = kpsvd(weight, *shape[:4], len(shapes))
-    A.copy_((left * sigma[:, None, None]).flatten())
-    B.copy_(right.flatten())
+    A.copy_(left.flatten())
+    B.copy_((right * sigma[:, None, None]).flatten())

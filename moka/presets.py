@@ -166,7 +166,7 @@ def _moka_xs(r: int = 16) -> dict[str, Any]:
 
 
 def _kradapter() -> dict[str, Any]:
-    return _fixed(1.0, r=1, shapes="kradapter")
+    return _fixed(2.0, r=1, shapes="kradapter")
 
 
 def _cdka(r: int = 4, r1: int = 2, r2: int = 8, alpha: float = 4.0) -> dict[str, Any]:
@@ -180,9 +180,9 @@ def _qa_moka(r: int = 10, group: int = 64) -> dict[str, Any]:
 # fmt: off
 #: The family; a x b and c x d are the sizes of A and B, so that m = ac and n = bd.
 PRESETS: dict[str, Preset] = {p.name: p for p in (
-    Preset("moka", "MoKA, arXiv 2508.03527", "sum_i softmax(g)_i A_i kron B_i",
+    Preset("moka", "MoKA, arXiv 2508.03527", "r sum_i softmax(g)_i A_i kron B_i",
            "sum_i (a_i b_i + c_i d_i) + r", "sum_i rk A_i rk B_i", _moka),
-    Preset("moka-s", "MoKA_s, arXiv 2508.03527", "sum_i softmax(g)_i I kron B_i or A_i kron I",
+    Preset("moka-s", "MoKA_s, arXiv 2508.03527", "r sum_i softmax(g)_i I kron B_i or A_i kron I",
            "sum_i m n / p_i^2 + r", "min(m, n)", _moka_s),
     Preset("kron-lora", "Kron-LoRA, arXiv 2508.01961", "alpha/rank A kron B1 B2", "a b + rank (c + d)",
            "rank rk A", _kron_lora),
@@ -209,18 +209,18 @@ PRESETS: dict[str, Preset] = {p.name: p for p in (
     Preset("bone", "Bone (MiSS), arXiv 2409.15371", "1_(1 x n/r) kron C", "m r", "r", _bone),
     Preset("c3a", "C3A, arXiv 2407.19342", "1/n sum_j W_j kron S^j, S the cyclic shift", "m n / block",
            "min(m, n)", _c3a),
-    Preset("kron-vera", "VeRA, arXiv 2310.11454, for Kronecker products", "sum_i g_i D_a A_i kron D_c B_i",
+    Preset("kron-vera", "VeRA, arXiv 2310.11454, for Kronecker products", "r sum_i g_i D_a A_i kron D_c B_i",
            "a + c + r", "min(m, n)", _kron_vera),
-    Preset("lora-xs", "LoRA-XS, arXiv 2405.17604", "U S M V^T, with U S V^T the leading part of W", "r^2",
+    Preset("lora-xs", "LoRA-XS, arXiv 2405.17604", "U M S V^T, with U S V^T the leading part of W", "r^2",
            "r", _lora_xs),
     Preset("moka-xs", "LoRA-XS, arXiv 2405.17604, for Kronecker products", "sum_ij M_ij A_i kron B_j", "r^2",
            "min(m, n)", _moka_xs),
-    Preset("kradapter", "KRAdapter, arXiv 2508.00230", "sum_j (u_j kron v_j) e_j^T, or its transpose",
+    Preset("kradapter", "KRAdapter, arXiv 2508.00230", "2 sum_j (u_j kron v_j) e_j^T, or its transpose",
            "min(m, n) (d + max(m, n)/d)", "min(m, n)", _kradapter),
     Preset("cdka", "CDKA, arXiv 2602.01267", "alpha/r sum_i B_i kron A_i, B_i m/r1 x r2, A_i r1 x n/r2",
            "r (m r2 / r1 + n r1 / r2)", "r min(m/r1, r2) min(r1, n/r2)", _cdka),
     Preset("qa-moka", "QA-LoRA, arXiv 2309.14717, for Kronecker products",
-           "sum_i softmax(g)_i A_i kron (B_i kron 1_(1 x group))", "sum_i (a_i b_i + c_i d_i / group) + r",
+           "r sum_i softmax(g)_i A_i kron (B_i kron 1_(1 x group))", "sum_i (a_i b_i + c_i d_i / group) + r",
            "min(m, n / group)", _qa_moka),
 )}
 # fmt: on

@@ -44,7 +44,7 @@ def test_defaults_are_the_papers():
         ("scale", 0.0, "a number above 0"),
         ("scale", math.inf, "a finite number"),
         ("scale", "2", "a finite number"),
-        ("init", "ones", "one of ('default', 'swapped', 'svd')"),
+        ("init", "ones", "one of ('default', 'swapped', 'svd', 'residual')"),
         ("dropout", 1.0, "below 1"),
         ("dropout", -0.1, "at least 0"),
         ("dropout", math.nan, "a finite number"),

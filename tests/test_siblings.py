@@ -18,6 +18,7 @@ from moka.factors import constant, split
 from moka.inject import adapter_layers
 from moka.layers import MokaLinear
 from moka.presets import PRESETS
+from moka.rules import plan_shapes
 
 M, N = 24, 36  # outputs, inputs
 WIDE = 16, 36
@@ -98,7 +99,8 @@ def moka_s_reference(layer: MokaLinear) -> Sibling:
 
 
 def gralora(layer: MokaLinear, A: Tensor, B: Tensor, gate: Tensor) -> Tensors:
-    U, V = (part.unflatten(0, (2, 2)) for part in low_rank(layer, B))  # [i, j, m/2, r/2], [i, j, r/2, n/2]
+    k = size(layer)  # [i, j, m/k, r/k], [i, j, r/k, n/k]
+    U, V = (part.unflatten(0, k) for part in low_rank(layer, B))
     return {"gralora_A": V.permute(1, 3, 0, 2).flatten(2), "gralora_B": U.permute(0, 1, 3, 2).flatten(1, 2)}
 
 
@@ -176,6 +178,14 @@ CASES = {
             },
             rank=2, alpha=6, factor=4,
         ),
+        Case(  # a factor that does not divide
+            lambda y: published.LoKr(r=2, alpha=6, decompose_factor=5),
+            lambda y, A, B, gate: {
+                "lokr_w1": A.view(size(y)),
+                "lokr_w2_a": low_rank(y, B)[0][0], "lokr_w2_b": low_rank(y, B)[1][0],
+            },
+            rank=2, alpha=6, factor=5,
+        ),
         Case(
             lambda y: published.LoKr(r=8, alpha=2),
             lambda y, A, B, gate: {"lokr_w1": A.view(size(y)), "lokr_w2": stacked(y, A, B)[1][0]},
@@ -205,7 +215,10 @@ CASES = {
             r=3,
         )
     ],
-    "gralora": [Case(lambda y: published.GraLoRA(r=4, k=2, alpha=8), gralora, r=4, blocks=2, alpha=8)],
+    "gralora": [
+        Case(lambda y: published.GraLoRA(r=4, k=2, alpha=8), gralora, r=4, blocks=2, alpha=8),
+        Case(lambda y: published.GraLoRA(r=6, k=3, alpha=4), gralora, r=6, blocks=3, alpha=4),
+    ],
     "melora": [Case(lambda y: published.MELoRA(N=3, r=2, alpha=4), melora(3), blocks=3, rank=2, alpha=4)],
     "melora-shared": [
         Case(lambda y: published.MELoRA(N=3, r=2, alpha=4, shared=True), melora(1), blocks=3, rank=2, alpha=4)
@@ -231,8 +244,8 @@ CASES = {
     ],
     "moka-xs": [Case(lambda y: published.MoKAXS(*size(y), k=3), matrices("A", "B", "M"), r=3)],
     "kradapter": [
-        Case(lambda y: published.KRAdapter(scale=1.0), kradapter, sizes=WIDE),
-        Case(lambda y: published.KRAdapter(scale=1.0), kradapter, sizes=WIDE[::-1]),
+        Case(lambda y: published.KRAdapter(), kradapter, sizes=WIDE),
+        Case(lambda y: published.KRAdapter(), kradapter, sizes=WIDE[::-1]),
     ],
     "cdka": [
         Case(
@@ -305,3 +318,20 @@ def test_gradients(name, case, path):
     for got, expected, limit in pairs:
         assert got is not None and expected is not None
         assert (got.double() - expected).norm() < limit * expected.norm(), (got, expected)
+
+
+def test_lora_xs_starts_with_the_singular_values_on_the_side_of_the_input():
+    model = nn.Sequential(nn.Linear(N, M))
+    moka.inject(model, moka.preset("lora-xs", r=3, target_modules=["0"]))
+    layer = adapter_layers(model)["0"]
+    own = CASES["lora-xs"][0].tensors(layer, *flat(layer))
+    U, S, Vh = torch.linalg.svd(layer.base_layer.weight.double())  # pyright: ignore
+    signs = (own["lora_B"] * U[:, :3]).sum(0).sign()
+    torch.testing.assert_close(own["lora_B"] * signs, U[:, :3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(signs[:, None] * own["lora_A"], S[:3, None] * Vh[:3], rtol=1e-4, atol=1e-5)
+    assert not own["R"].any()
+
+
+def test_mora_is_as_large_as_published_where_that_divides():
+    (shape,) = plan_shapes(4096, 4096, 1, "mora(8)")
+    assert shape.mb == published.mora_size(4096, 4096, 8)
