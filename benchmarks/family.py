@@ -2,6 +2,7 @@
 
     python benchmarks/family.py starts DATA FOLDER [--steps 60] [--seeds 3]
     python benchmarks/family.py rates DATA FOLDER [--steps 30]
+    python benchmarks/family.py layers - FOLDER [--sizes 4096x4096] [--tokens 512]
 
 DATA is a .jsonl[.gz] file. The loss of a model is that on rows of the training set, the same in all runs.
 
@@ -10,6 +11,8 @@ starts  every method of starting, for each seed with the same data in the same o
         without the components that hold 1 % of the energy (family_prune.csv)
 rates   mixtures of 1, 4 and 16 components of one shape, scale="sqrt" and None, over learning rates
         (family_rates.csv)
+layers  a training step (forward and backward) of one bitsandbytes NF4 layer: frozen, under peft's LoRA of rank 8,
+        and under presets of moka, in turns (family_layers.csv)
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ TARGETS = ["q_proj", "v_proj"]
 PROBE = 8  # rows for the loss
 EVERY = 10  # steps between two measurements
 Batches = list[dict[str, Tensor]]
+#: For the steps of one layer: Kron-LoRA's claim is a quarter of the parameters of a LoRA of rank 8.
+PRESETS = {"lora": {"r": 8}, "kron-lora": {}, "lokr": {}, "moka": {"r": 10}}
 
 
 class Task:
@@ -135,9 +140,51 @@ def rates(task: Task, options: argparse.Namespace) -> None:
                 )  # fmt: skip
 
 
+def layers(options: argparse.Namespace) -> None:
+    import bitsandbytes
+    import peft
+
+    import moka.integrations.peft
+
+    table = Table(options.folder / "family_layers.csv", facts("peft"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for size in options.sizes:
+        N, K = map(int, size.split("x"))
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(
+            bitsandbytes.nn.Linear4bit(K, N, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        ).to(device)
+        models = {"frozen": base}
+        lora = peft.LoraConfig(target_modules=["0"], r=8)
+        models["peft LoRA r=8"] = peft.get_peft_model(copy.deepcopy(base), lora)
+        for name, fields in PRESETS.items():
+            own = moka.preset(name, target_modules=["0"], **fields)
+            models[f"moka {name}"] = moka.inject(copy.deepcopy(base), own)
+        x = torch.randn(options.tokens, K, device=device, requires_grad=True)
+        grad = torch.randn(options.tokens, N, device=device)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(options.repeats + 1):
+            for name, model in models.items():
+                began = time.perf_counter()
+                model(x).backward(grad)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times[name].append(1e3 * (time.perf_counter() - began))
+        for name, model in models.items():
+            own = sorted(times[name][1:])
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            median = own[len(own) // 2]
+            peer = sorted(times["peft LoRA r=8"][1:])[len(own) // 2]
+            table.add(
+                N=N, K=K, M=options.tokens, variant=name, trained=trained, median_ms=round(median, 2),
+                p20_ms=round(own[len(own) // 5], 2), p80_ms=round(own[len(own) * 4 // 5], 2),
+                ratio_to_peft_lora=round(median / peer, 3),
+            )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["starts", "rates"])
+    parser.add_argument("what", choices=["starts", "rates", "layers"])
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="embedded")
@@ -149,7 +196,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["zero", "gradient", "activation", "residual"])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
     parser.add_argument("--scales", nargs="+", default=["sqrt", "r"])
+    parser.add_argument("--sizes", nargs="+", default=["4096x4096", "1536x576"])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
+    if options.what == "layers":
+        layers(options)
+        return
     {"starts": starts, "rates": rates}[options.what](Task(options), options)
 
 
