@@ -186,10 +186,10 @@ CASES = {
             },
             rank=2, alpha=6, factor=5,
         ),
-        Case(
-            lambda y: published.LoKr(r=8, alpha=2),
+        Case(  # half of the longer side: just full
+            lambda y: published.LoKr(r=3, alpha=2),
             lambda y, A, B, gate: {"lokr_w1": A.view(size(y)), "lokr_w2": stacked(y, A, B)[1][0]},
-            rank=8, alpha=2,
+            rank=3, alpha=2,
         ),
     ],
     "compacter": [
