@@ -11,8 +11,8 @@ starts  every method of starting, for each seed with the same data in the same o
         without the components that hold 1 % of the energy (family_prune.csv)
 rates   mixtures of 1, 4 and 16 components of one shape, scale="sqrt" and None, over learning rates
         (family_rates.csv)
-layers  a training step (forward and backward) of one bitsandbytes NF4 layer: frozen, under peft's LoRA of rank 8,
-        and under presets of moka, in turns (family_layers.csv)
+layers  a training step (forward and backward) of one bitsandbytes NF4 layer: frozen, under peft's LoRA of
+        rank 8, and under presets of moka, in turns (family_layers.csv)
 """
 
 from __future__ import annotations
