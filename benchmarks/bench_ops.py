@@ -27,6 +27,7 @@ from torch import Tensor
 import moka
 from moka import functional as MF
 from moka import nf4, reference
+from moka.rules import plan_shapes
 
 SIZES = ((576, 576), (1536, 576), (4096, 4096))
 TOKENS = (1, 16, 256)
@@ -139,7 +140,7 @@ def bench_linear(args: argparse.Namespace, w: Tensor, M: int) -> list[Row]:
 def bench_mixture(args: argparse.Namespace, w: Tensor, M: int) -> list[Row]:
     """The mixture alone: forward, and the gradients of A, B and alpha."""
     N, K = w.shape
-    shapes = moka.rules.plan_shapes(N, K, r=10)
+    shapes = plan_shapes(N, K, r=10)
     flat = moka.shapes.flatten_shapes(shapes)
     A = 0.1 * torch.randn(sum(s.a_numel for s in shapes), device=w.device)
     B = 0.1 * torch.randn(sum(s.b_numel for s in shapes), device=w.device)

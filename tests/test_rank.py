@@ -10,10 +10,10 @@ from tiny import tiny_model
 from torch import nn
 
 import moka
-import moka.rules
 from moka import MokaConfig
 from moka.errors import ConfigError, NonFiniteError, StateError
 from moka.gates import restrict
+from moka.rules import plan_shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")  # peft's call
 
@@ -167,7 +167,7 @@ def test_new_gates_are_the_mean_of_the_others():
 
 
 def test_new_shapes_are_what_the_layer_lacks():
-    plan = moka.rules.plan_shapes(36, 24, 7)
+    plan = plan_shapes(36, 24, 7)
     model = adapted(r=7)
     layer = model[0].linear
     moka.prune(model, keep=7)
