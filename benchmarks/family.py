@@ -98,19 +98,19 @@ def steps_to(losses: list[float], steps: list[int], goal: float) -> float | None
 def starts(task: Task, options: argparse.Namespace) -> None:
     table = Table(options.folder / "family_starts.csv", facts("transformers"))
     pruned = Table(options.folder / "family_prune.csv", facts("transformers"))
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         batches, probe, goal = task.batches(seed)[: options.steps], task.probe(), None
         for method in options.methods:
             model = task.adapted(seed, **({"init": "residual"} if method == "residual" else {}), r=10)
             began = time.perf_counter()
             if method in ("gradient", "activation"):
-                moka.start(model, method, batches[:4], seed=seed)
+                moka.start(model, method, batches[:4], norm=options.norm, seed=seed)
             spent = time.perf_counter() - began
             losses, steps = train(model, batches, probe, options.lr)
             goal = losses[-1] if goal is None else goal  # the zero start comes first
             reached = steps_to(losses, steps, goal)
             table.add(
-                method=method, seed=seed, lr=options.lr, steps=steps[-1], first_loss=round(losses[0], 5),
+                method=method, norm=options.norm, seed=seed, lr=options.lr, steps=steps[-1], first_loss=round(losses[0], 5),
                 last_loss=round(losses[-1], 5), steps_to_zero_starts_loss=reached and round(reached, 1),
                 share=reached and round(reached / steps[-1], 3), start_seconds=round(spent, 1),
                 losses=" ".join(f"{loss:.4f}" for loss in losses),
@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--norm", type=float, default=1.0, help="of the factors that moka.start sets")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", default=["zero", "gradient", "activation", "residual"])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
     parser.add_argument("--scales", nargs="+", default=["sqrt", "r"])

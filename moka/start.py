@@ -25,6 +25,7 @@ from .layers import MokaLinear
 from .shapes import KronShape
 
 METHODS = ("gradient", "activation")
+Blocks = dict[MokaLinear, list[Tensor]]  # for each group of components of one shape, their columns
 Batches = Iterable[Mapping[str, Any]] | Callable[[], Tensor]
 
 
@@ -34,6 +35,7 @@ def start(
     batches: Batches,
     adapter_name: str = "default",
     passes: int = 2,
+    norm: float = 1.0,
     seed: int = 0,
 ) -> nn.Module:
     """Sets the factors A of a new adapter from data; B stays zero, so the model computes what it did.
@@ -47,6 +49,9 @@ def start(
             returns the loss.
         adapter_name: which adapter.
         passes: of the subspace iteration, each with two backward passes over the batches.
+        norm: of the A_i, in terms of what random ones have. A step of Adam on B does not depend on the length of
+            its gradient, so along the leading directions it changes the loss by several times as much: lower
+            the norm, or the learning rate.
         seed: of the random directions.
 
     Returns:
@@ -75,9 +80,11 @@ def start(
     try:
         with _evaluating(model), _active(layers.values(), adapter_name):
             if method == "gradient":
-                _gradient(layers, adapter_name, model, batches, passes, generator)
+                found = _gradient(layers, adapter_name, model, batches, passes, generator)
             else:
-                _activation(layers, adapter_name, model, batches, generator)
+                found = _activation(layers, adapter_name, model, batches, generator)
+            for layer, blocks in found.items():
+                _place(layer, adapter_name, 0, blocks, norm)
     except BaseException:
         for layer, (A, B) in before.items():
             _set(layer, adapter_name, A, B)
@@ -92,7 +99,7 @@ def _gradient(
     batches: Batches,
     passes: int,
     generator: torch.Generator,
-) -> None:
+) -> Blocks:
     """Subspace iteration on R(G) for every group of components of one shape."""
     sides = {}
     for layer in layers.values():
@@ -111,17 +118,19 @@ def _gradient(
                 sides[layer] = [
                     (f, p[1]) if side == 0 else (p[0], f) for f, p in zip(found, pairs, strict=True)
                 ]
-    for layer, pairs in sides.items():
-        leading = []
-        for left, right in pairs:  # right = R(G)^T Q for Q spanning left: rotate Q to the singular vectors
-            rotation = torch.linalg.svd(right, full_matrices=False).Vh.mT
-            leading.append(torch.linalg.qr(left).Q @ rotation)
-        _place(layer, name, 0, leading, as_initial=True)
+    # right = R(G)^T Q for Q spanning left: rotate Q to the singular vectors
+    return {
+        layer: [
+            torch.linalg.qr(left).Q @ torch.linalg.svd(right, full_matrices=False).Vh.mT
+            for left, right in pairs
+        ]
+        for layer, pairs in sides.items()
+    }
 
 
 def _activation(
     layers: dict[str, MokaLinear], name: str, model: nn.Module, batches: Batches, generator: torch.Generator
-) -> None:
+) -> Blocks:
     """A_i = Z C^(1/2), with Z random and C the sum of X X^T over the tokens, X `[na, nb]` the input."""
     moments: dict[tuple[MokaLinear, int], Tensor] = {}
 
@@ -139,14 +148,14 @@ def _activation(
     finally:
         for hook in hooks:
             hook.remove()
-    for layer in layers.values():
-        blocks = []
+    blocks: Blocks = {layer: [] for layer in layers.values()}
+    for layer in blocks:
         for s, at in _groups(layer, name):
             values, vectors = torch.linalg.eigh(moments[layer, s.na].cpu())
             root = vectors * values.clamp(min=0).sqrt() @ vectors.mT
             random = torch.randn(len(at), s.ma, s.na, generator=generator) @ root
-            blocks.append((random / random.flatten(1).norm(dim=1)[:, None, None]).flatten(1).mT)
-        _place(layer, name, 0, blocks, as_initial=True)
+            blocks[layer].append((random / random.flatten(1).norm(dim=1)[:, None, None]).flatten(1).mT)
+    return blocks
 
 
 def _check(path: str, layer: MokaLinear, name: str) -> None:
@@ -174,15 +183,20 @@ def _groups(layer: MokaLinear, name: str) -> list[tuple[KronShape, list[int]]]:
 
 
 @torch.no_grad()
-def _place(layer: MokaLinear, name: str, side: int, blocks: list[Tensor], as_initial: bool = False) -> None:
-    """Puts columns `[entries, components]` of each group into one side's factors, zeros into the other's."""
+def _place(layer: MokaLinear, name: str, side: int, blocks: list[Tensor], norm: float | None = None) -> None:
+    """Puts unit columns of each group into one side's factors, zeros into the other's.
+
+    Args:
+        layer, name: which adapter.
+        side: 0 for A, 1 for B.
+        blocks: `[entries, components]` of each group.
+        norm: their length, in terms of that of random factors, U(-1/sqrt(na), 1/sqrt(na)); None for 1.
+    """
     factors = [torch.zeros_like(part) for part in _parts(layer, name, side, layer.tables()[side][name])]
     for (s, at), block in zip(_groups(layer, name), blocks, strict=True):
-        for column, i in enumerate(at):
-            # what U(-1/sqrt(na), 1/sqrt(na)) has on average
-            size = (s.ma / 3) ** 0.5 if as_initial else 1.0
-            if column < block.shape[1]:
-                factors[i] = size * block[:, column].to(factors[i])
+        length = 1.0 if norm is None else norm * (s.ma / 3) ** 0.5
+        for i, column in zip(at, block.mT, strict=False):  # R may have a lower rank than there are components
+            factors[i] = length * column.to(factors[i])
     A, B = (torch.zeros_like(table[name]) for table in (layer.moka_A, layer.moka_B))
     (A, B)[side].copy_(torch.cat(factors))
     _set(layer, name, A, B)
