@@ -111,7 +111,8 @@ def starts(task: Task, options: argparse.Namespace) -> None:
             reached = steps_to(losses, steps, goal)
             table.add(
                 method=method, norm=options.norm, seed=seed, lr=options.lr, steps=steps[-1],
-                first_loss=round(losses[0], 5), last_loss=round(losses[-1], 5), steps_to_zero_starts_loss=reached and round(reached, 1),
+                first_loss=round(losses[0], 5), last_loss=round(losses[-1], 5),
+                steps_to_zero_starts_loss=reached and round(reached, 1),
                 share=reached and round(reached / steps[-1], 3), start_seconds=round(spent, 1),
                 losses=" ".join(f"{loss:.4f}" for loss in losses),
             )  # fmt: skip

@@ -49,8 +49,8 @@ def start(
             returns the loss.
         adapter_name: which adapter.
         passes: of the subspace iteration, each with two backward passes over the batches.
-        norm: of the A_i, in terms of what random ones have. The length of B's gradient does not matter to Adam,
-            so along the leading directions a step changes more: lower the norm, or the learning rate.
+        norm: of the A_i, in terms of what random ones have. The length of B's gradient does not matter to
+            Adam, so along the leading directions a step changes more: lower the norm, or the learning rate.
         seed: of the random directions.
 
     Returns:
