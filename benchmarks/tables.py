@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/peft.md, measured ones from benchmarks/results, between markers.
+"""Writes the tables of README.md, docs/peft.md and docs/family.md between markers, most of them from CSVs.
 
     python benchmarks/tables.py            rewrite the pages
     python benchmarks/tables.py --check    exit 1 and name the tables when a page differs from the CSVs
@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tables_cuda
+import tables_family
 from table_format import Rows, markdown, number, read
 
 from moka.rules import plan_shapes
 from moka.shapes import KronShape
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "peft.md")
-ELSEWHERE = ("scenarios",)  # written by tests/peft_table.py
+PAGES = (ROOT / "README.md", ROOT / "docs" / "peft.md", ROOT / "docs" / "family.md")
+ELSEWHERE = ("scenarios", "presets")  # written by tests/peft_table.py and tests/family_table.py
 LEFT_OUT = ("4",)  # token counts that are in the CSV alone, to keep README short
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -169,6 +170,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train": train_table,
     "trl-sft": trl_table,
     **tables_cuda.TABLES,
+    **tables_family.TABLES,
 }
 
 

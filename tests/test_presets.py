@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import family_table
 import peft
 import pytest
 import torch
@@ -422,3 +423,9 @@ def test_a_residual_start_splits_the_weight(base):
             moka.export_lora(model, "nowhere")
         moka.eject(model)
         assert torch.equal(model(ids).logits, before)
+
+
+def test_the_table_in_the_docs_is_that_of_the_code():
+    page = family_table.PAGE.read_text(encoding="utf-8")
+    table = page.partition(family_table.START)[2].partition(family_table.END)[0]
+    assert table.strip() == family_table.table(), "run python tests/family_table.py"

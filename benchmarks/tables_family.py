@@ -1,0 +1,80 @@
+"""The tables of docs/family.md that were measured: family_*.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from table_format import Rows, markdown, number, read
+
+
+def starts() -> str:
+    """A method per line, its loss after each number of steps, the mean over seeds."""
+    rows = read("family_starts.csv")
+    methods = dict.fromkeys(row["method"] for row in rows)
+    seeds = len({row["seed"] for row in rows})
+    counts = len(rows[0]["losses"].split())
+    steps = [int(rows[0]["steps"]) * i // (counts - 1) for i in range(counts)]
+    lines = []
+    for method in methods:
+        own = [row for row in rows if row["method"] == method]
+        curves = [[float(loss) for loss in row["losses"].split()] for row in own]
+        means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+        shares = ", ".join(row["share"] or "not reached" for row in own)
+        lines.append([method, *(f"{mean:.3f}" for mean in means[1:]), shares])
+    header = [f"loss after steps, mean of {seeds} seeds", *map(str, steps[1:]), "zero's end reached after"]
+    return markdown(header, lines) + machine(rows)
+
+
+def rates() -> str:
+    """A scale and number of components per line, a learning rate per column; the best is bold."""
+    rows = read("family_rates.csv")
+    columns = sorted({float(row["lr"]) for row in rows})
+    lines = []
+    for scale, k in dict.fromkeys((row["scale"], row["k"]) for row in rows):
+        own = {float(r["lr"]): float(r["last_loss"]) for r in rows if (r["scale"], r["k"]) == (scale, k)}
+        shown = {lr: f"**{v:.3f}**" if v == min(own.values()) else f"{v:.3f}" for lr, v in own.items()}
+        cells = [shown.get(lr, "") for lr in columns]
+        lines.append([f"{scale}, k = {k}", *cells])
+    header = [f"loss after {rows[0]['steps']} steps; scale", *(f"{lr:g}" for lr in columns)]
+    return markdown(header, lines) + machine(rows)
+
+
+def layers() -> str:
+    """A variant per line: parameters, milliseconds of a step and ratio to peft's LoRA for each layer."""
+    rows = read("family_layers.csv")
+    cases = list(dict.fromkeys((row["N"], row["K"]) for row in rows))
+    header = [f"step, {rows[0]['M']} tokens"]
+    for N, K in cases:
+        header += [f"{N} x {K}: trained", "ms", "to LoRA"]
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = [variant]
+        for case in cases:
+            (row,) = (r for r in rows if (r["N"], r["K"]) == case and r["variant"] == variant)
+            cells += [f"{int(row['trained']):,}", number(row["median_ms"]), row["ratio_to_peft_lora"]]
+        lines.append(cells)
+    return markdown(header, lines) + machine(rows)
+
+
+def prune() -> str:
+    """The loss without the components that hold one per cent of the energy."""
+    rows = read("family_prune.csv")
+    header = ["seed", "components", "kept", "loss", "pruned", "change"]
+    fields = ("seed", "components", "kept", "loss", "loss_pruned", "change")
+    return markdown(header, ([row[field] for field in fields] for row in rows)) + machine(rows)
+
+
+def machine(rows: Rows) -> str:
+    """Where the rows were measured."""
+    row = rows[0]
+    where = "CPU" if row["gpu"] == "none" else row["gpu"]
+    versions = f"torch {row['torch']}, bitsandbytes {row['bitsandbytes']}"
+    return f"\n{where}; {versions}; commit {row['commit']}, {row['date']}.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "family-starts": starts,
+    "family-rates": rates,
+    "family-prune": prune,
+    "family-layers": layers,
+}
