@@ -15,6 +15,7 @@ from moka.errors import CheckpointMismatchError, ConfigError, MokaError, StateEr
 from moka.inject import adapter_layers
 from moka.integrations.peft import MokaConfig as PeftMokaConfig
 from moka.presets import PRESETS
+from moka.rules import plan_shapes
 
 N, K = 32, 48
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers deprecates
@@ -429,3 +430,9 @@ def test_the_table_in_the_docs_is_that_of_the_code():
     page = family_table.PAGE.read_text(encoding="utf-8")
     table = page.partition(family_table.START)[2].partition(family_table.END)[0]
     assert table.strip() == family_table.table(), "run python tests/family_table.py"
+
+
+def test_lokr_puts_the_smaller_part_first():
+    """LyCORIS orders the two parts of a size; the factor may be either."""
+    assert plan_shapes(32, 48, 1, "lokr(16)")[0][:4] == (2, 3, 16, 16)
+    assert plan_shapes(32, 48, 1, "lokr(2)")[0][:4] == (2, 2, 16, 24)
