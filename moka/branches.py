@@ -28,6 +28,11 @@ class Form(NamedTuple):
     b: tuple[Run, ...] | None
     low_rank: bool
 
+    @property
+    def dense(self) -> bool:
+        """Whether the parameters are the entries of the factors, so that both can be written."""
+        return self.a is None and self.b is None
+
 
 def form_of(shapes: Sequence[KronShape]) -> Form:
     """The form of a mixture of these components."""

@@ -13,7 +13,7 @@ from typing import Any
 from .errors import ConfigError
 from .factors import parse
 from .functional import PATHS
-from .gates import GATES, is_gate
+from .gates import GATES, UNIFORM, is_gate
 from .init import INITS
 from .rules import MAX_R, parse_rule
 
@@ -142,8 +142,8 @@ class MokaConfig:
                 _fail(name, getattr(self, name), "True or False")
         if self.magnitude and (self.dropout or self.gate == "routed"):
             _fail("magnitude", True, "dropout=0 and a gate that is the same for all tokens with it")
-        if self.init == "residual" and self.gate not in ("softmax", "sigmoid", "linear", "none"):
-            _fail("init", self.init, "a gate that starts uniform with it: softmax, sigmoid, linear or none")
+        if self.init == "residual" and self.gate not in UNIFORM:
+            _fail("init", self.init, f"a gate that starts uniform with it: one of {UNIFORM}")
         if self.init == "svd" and self.gate not in ("matrix", "linear"):
             _fail("init", self.init, "gate='matrix' or 'linear' with it, which can be zero")
 

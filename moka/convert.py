@@ -33,6 +33,7 @@ from .export_lora import (
     refuse_other_adapter,
     write_adapter,
 )
+from .gates import UNIFORM
 from .inject import adapter_layers, inject
 from .kpsvd import Terms, fit
 from .layers import MokaLinear
@@ -223,6 +224,12 @@ def _fit_all(
 ) -> Export:
     """Injects an adapter that is fitted to `updates`; nothing is changed before all of them are."""
     targets = {target.path: target for target in find_targets(model, config)}
+    if config.tie or config.magnitude or config.gate not in UNIFORM or config.init in ("svd", "residual"):
+        raise ConfigError(
+            f"got tie={config.tie!r}, magnitude={config.magnitude}, gate={config.gate!r}, "
+            f"init={config.init!r}; expected factors of each layer's own, no magnitude, "
+            f"a gate of {UNIFORM}, and init='default'"
+        )
     if left_out := sorted(updates.keys() - targets.keys()):
         raise CheckpointMismatchError(f"target_modules leaves out layers of the source: {left_out[:5]}")
     terms, report = {}, []
@@ -252,10 +259,15 @@ def _fill(model: nn.Module, name: str, terms: Mapping[str, Terms]) -> None:
     layers = adapter_layers(model)
     for path, values in terms.items():
         layer = layers[path]
-        views = zip(layer.factors(name), values, layer.alpha(name), layer.shapes[name], strict=True)
-        for (A, B), (new_a, new_b), alpha, shape in views:
-            A.copy_(new_a / alpha if shape.identity == 2 else new_a)
-            B.copy_(new_b / alpha if shape.identity != 2 else new_b)
+        sides: tuple[list[Tensor], list[Tensor]] = [], []
+        for (A, B), alpha, shape in zip(values, layer.alpha(name), layer.shapes[name], strict=True):
+            if shape.identity != 1:
+                sides[0].append((A / alpha if shape.identity == 2 else A).flatten())
+            if shape.identity != 2:
+                sides[1].append((B / alpha).flatten())
+        for table, parts in zip((layer.moka_A, layer.moka_B), sides, strict=True):
+            if parts:
+                table[name].copy_(torch.cat(parts))
 
 
 def kind_of(folder: Path) -> str:

@@ -24,6 +24,8 @@ from . import functional
 from .errors import StateError
 
 GATES = ("softmax", "topk(j)", "sigmoid", "linear", "matrix", "routed", "none")
+#: Gates that start uniform and have one weight per component, whatever the token.
+UNIFORM = ("softmax", "sigmoid", "linear", "none")
 TOPK = re.compile(r"topk\(([1-9]\d{0,3})\)")
 
 

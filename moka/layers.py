@@ -124,7 +124,7 @@ class MokaLinear(nn.Module):
             gates.reset_logits_(config.gate, self.moka_gate[name], zero=config.init == "svd")
         if config.init == "residual" and self.weight_device().type != "meta":
             self._split_base(name)
-        if config.magnitude and not A.is_meta:
+        if config.magnitude and from_base and not A.is_meta:
             self.moka_magnitude[name].copy_(magnitude.row_norms(self, None))
 
     def _split_base(self, name: str) -> None:
@@ -132,7 +132,7 @@ class MokaLinear(nn.Module):
 
         The rest does not depend on values that the adapter has, so that loading one can repeat the split.
         """
-        self.base_layer, self.replaced = self.original_layer(), None
+        self.restore_base()
         weight, shapes = bases.dense_of(self.base_layer), self.shapes[name]
         alpha = self.scaling[name] / len(shapes)  # of each component, as the gate starts
         terms = fit(weight, shapes)
@@ -155,6 +155,10 @@ class MokaLinear(nn.Module):
             return self.base_layer
         return bases.moved(self.replaced.original, self.weight_device())
 
+    def restore_base(self) -> None:
+        """Undoes what init="residual" did to the base layer."""
+        self.base_layer, self.replaced = self.original_layer(), None
+
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter.
 
@@ -163,11 +167,12 @@ class MokaLinear(nn.Module):
         """
         if name in self.merged_adapters:
             raise StateError(f"adapter {name!r} is merged into the base weight; unmerge it first")
+        if name in self.configs and self.configs[name].init == "residual":
+            self.restore_base()
         for table in (*self.adapter_layer_names, *self.other_param_names):
             if name in getattr(self, table):
                 del getattr(self, table)[name]
         self.active_adapters = [n for n in self.active_adapters if n != name]
-        self.base_layer, self.replaced = self.original_layer(), None
 
     def set_adapter(self, names: Sequence[str]) -> None:
         """Makes exactly these adapters active and trainable; the layer may lack some of them.
@@ -210,6 +215,7 @@ class MokaLinear(nn.Module):
         base = self.base_layer
         dtype = bases.compute_dtype(base, x)
         inputs = x if dtype == x.dtype else x.to(dtype)
+        directed = magnitude.directed(self, names)
         if any(self._apart(name, x) for name in names):
             y = base(x)
             for name in names:
@@ -225,15 +231,10 @@ class MokaLinear(nn.Module):
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
         mixture, path = (*factors, flatten_shapes(shapes)), self.configs[names[0]].path
-        directed = [name for name in names if name in self.moka_magnitude]
-        if not directed:
-            y = functional.linear(inputs, bases.op_args(base), bias, mixture, path)
-        elif len(names) == 1:
-            y = functional.linear(inputs, bases.op_args(base), None, mixture, path)
+        y = functional.linear(inputs, bases.op_args(base), None if directed else bias, mixture, path)
+        if directed:
             y = y * magnitude.direction(self, names[0]).to(y.dtype)
             y = y if bias is None else y + bias
-        else:
-            raise StateError(f"adapters {directed} set the norm of each row, so no others can be added")
         return y if y.dtype == x.dtype or not bases.is_linear4bit(base) else y.to(x.dtype)
 
     def _apart(self, name: str, x: Tensor) -> bool:
@@ -278,7 +279,7 @@ class MokaLinear(nn.Module):
     def _base_forward(self, x: Tensor) -> Tensor:
         weight = getattr(self.base_layer, "weight", x)
         if self.merged_base is None or weight.dtype == x.dtype:
-            return (self.base_layer if self.merged_adapters else self.original_layer())(x)
+            return self.get_base_layer()(x)
         return self.base_layer(x.to(weight.dtype)).to(x.dtype)  # merged into another dtype
 
     def mixture(
@@ -338,7 +339,7 @@ class MokaLinear(nn.Module):
             return zero
         A, B, alpha, shapes = self.mixture(names)
         delta = functional.kron_add(zero.to(A.dtype), A, B, alpha, shapes).float()
-        return delta if names[0] not in self.moka_magnitude else magnitude.change(self, names[0], delta)
+        return magnitude.change(self, names[0], delta) if magnitude.directed(self, names) else delta
 
     def base_weight(self) -> NF4Weight | Tensor:
         """The frozen weight `[N, K]`: of the base layer as it is now."""

@@ -8,6 +8,7 @@ Gram matrices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import algebra
 from .bases import dense_of
+from .errors import StateError
 
 if TYPE_CHECKING:
     from .layers import MokaLinear
@@ -33,6 +35,18 @@ def row_norms(layer: MokaLinear, name: str | None) -> Tensor:
             inner = torch.einsum("pqab,qb->pqa", blocks, B.float())
             squares += 2 * torch.einsum("pqa,pa->pq", inner, A.float()).flatten()
     return squares.clamp(min=0).sqrt().float()
+
+
+def directed(layer: MokaLinear, names: Sequence[str]) -> bool:
+    """Whether these adapters, to be used together, set the norm of each row; one that does is alone.
+
+    Raises:
+        StateError: it is not.
+    """
+    found = [name for name in names if name in layer.moka_magnitude]
+    if found and len(names) > 1:
+        raise StateError(f"adapters {found} set the norm of each row, so no others can be added")
+    return bool(found)
 
 
 def direction(layer: MokaLinear, name: str) -> Tensor:

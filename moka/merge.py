@@ -20,6 +20,7 @@ from .errors import ConfigError, MergeError, NonFiniteError, StateError
 from .inject import active_adapters, adapter_layers
 from .layers import MokaLinear
 from .layout import is_sharded
+from .magnitude import directed
 from .nf4 import NF4Weight
 
 #: The largest relative error of the applied update, |applied - delta| / |delta|, that is accepted in silence.
@@ -141,9 +142,7 @@ def _merged_layer(
         if not tensor.isfinite().all():
             raise NonFiniteError(f"{path}: {name} of adapter {names} holds NaN or infinity; train it again")
     base, delta = layer.base_weight(), None
-    if directed := [name for name in names if name in layer.moka_magnitude]:
-        if len(names) > 1:
-            raise StateError(f"{path}: {directed} set the norm of each row, so no others can be added")
+    if directed(layer, names):
         delta = layer.delta_weight(names[0])
         before = base.dequantize(torch.float32) if isinstance(base, NF4Weight) else base
         after = (before + delta).to(into or before.dtype)

@@ -28,7 +28,7 @@ from . import algebra
 from .branches import form_of
 from .config import MokaConfig, pattern_matches
 from .errors import ConfigError, NonFiniteError, StateError
-from .gates import at_least_fp32, restrict, scaled_gate
+from .gates import UNIFORM, at_least_fp32, restrict, scaled_gate
 from .init import init_factors_
 from .inject import optimizers_of, refuse_wrapped, warn_about_optimizers
 from .layers import MokaLinear
@@ -292,12 +292,13 @@ def _rebuild(
 ) -> dict[str, int]:
     """Keeps components of each layer and adds some up to `counts`: in all layers or, after an error, none."""
     name, configs, config, layers = adapter
-    expanded = any(layer.forms[name].a or layer.forms[name].b for layer in layers.values())
-    if expanded or config.tie or config.gate not in ("softmax", "sigmoid", "linear", "none"):
+    dense = all(layer.forms[name].dense for layer in layers.values())
+    # a load splits the base by the components of the file, which must be those that it was split by
+    if not dense or config.tie or config.gate not in UNIFORM or config.init == "residual":
         raise ConfigError(
             f"{call}: adapter {name!r} has shapes={config.shapes!r}, gate={config.gate!r}, "
-            f"tie={config.tie!r}; expected dense factors that are not shared, and a gate "
-            f"of softmax, sigmoid, linear or none"
+            f"tie={config.tie!r}, init={config.init!r}; expected dense factors that are not shared, "
+            f"a gate of {UNIFORM}, and another start than 'residual'"
         )
     shapes, states = {}, {}
     for path, layer in layers.items():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, NonFiniteError, StateError
+from .gates import UNIFORM
 from .inject import adapter_layers
 from .layers import MokaLinear
 from .shapes import KronShape
@@ -159,13 +160,8 @@ def _activation(
 
 def _check(path: str, layer: MokaLinear, name: str) -> None:
     config, form = layer.configs[name], layer.forms[name]
-    if (
-        form.a
-        or form.b
-        or any(s.identity for s in form.shapes)
-        or config.tie
-        or config.gate in ("matrix", "routed")
-    ):
+    identity = any(shape.identity for shape in form.shapes)
+    if not form.dense or identity or config.tie or config.gate not in UNIFORM:
         raise ConfigError(
             f"{path}: start needs dense factors of the layer's own, and a gate of one weight per component"
         )

@@ -282,3 +282,25 @@ def test_lokrs_that_are_refused(tmp_path):
     edited(tmp_path, tensors={KEY + "lokr_w2": torch.ones(9, 8)})
     with pytest.raises(ConfigError, match="has the product 72 x 64"):
         convert.from_lokr(tmp_path, tiny_model())
+
+
+def test_a_fit_reaches_16_bit_factors(tmp_path):
+    lora = by_peft(peft.LoraConfig(target_modules=QV, r=4), tmp_path)
+    shapes = {"q_proj": [(64, 1, 1, 64)] * 4, "v_proj": [(32, 1, 1, 64)] * 4}
+    model = tiny_model()
+    convert.from_lora(tmp_path, model, MokaConfig(QV, shapes=shapes, adapter_dtype="bfloat16"))
+    for path, delta in deltas(lora).items():
+        assert relative_error(moka.delta_weight(model.get_submodule(path)), delta) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"init": "residual"}, {"gate": "matrix", "shapes": "even"}, {"gate": "routed"}, {"tie": "A"},
+     {"magnitude": True}, {"gate": "topk(1)"}],
+)  # fmt: skip
+def test_a_fit_needs_factors_that_it_alone_decides(fields, tmp_path):
+    by_peft(peft.LoraConfig(target_modules=QV, r=2), tmp_path)
+    model = tiny_model()
+    with pytest.raises(ConfigError, match="expected"):
+        convert.from_lora(tmp_path, model, MokaConfig(QV, r=2, **fields))
+    assert not moka.adapter_layers(model)

@@ -391,6 +391,11 @@ def test_magnitude(base, tmp_path):
     moka.set_adapter(model, ["default", "other"])
     with pytest.raises(StateError, match="norm of each row"):
         model(ids)
+    low_rank = moka.preset("kron-lora", size=8, rank=2, target_modules=["q_proj"])  # it runs beside the base
+    moka.inject(model, low_rank, "beside")
+    moka.set_adapter(model, ["default", "beside"])
+    with pytest.raises(StateError, match="norm of each row"):
+        model(ids)
     with pytest.raises(ConfigError, match="magnitude"), moka.mixed_batch(model, ["default", "other"]):
         pass
     with pytest.raises(ConfigError, match="magnitude"):
@@ -420,6 +425,10 @@ def test_a_residual_start_splits_the_weight(base):
             assert torch.equal(model(ids).logits, before)
         with pytest.raises(StateError, match="one only"):
             moka.inject(model, moka.MokaConfig(target_modules=["q_proj"], r=2), "other")
+        for layer in adapter_layers(model).values():  # the refusal has left the split alone
+            assert layer.replaced is not None and list(layer.configs) == ["default"]
+        with pytest.raises(ConfigError, match="residual"):
+            moka.prune(model, keep=4)
         with pytest.raises(ConfigError, match="residual"):
             moka.export_lora(model, "nowhere")
         moka.eject(model)

@@ -64,8 +64,9 @@ class MokaPeftLinear(MokaLinear, BaseTunerLayer):  # peft looks for "Linear" in 
         """
         if adapter_name in self.merged_adapters:
             raise StateError(f"adapter {adapter_name!r} is merged into the base weight; unmerge it first")
+        if adapter_name in self.configs and self.configs[adapter_name].init == "residual":
+            self.restore_base()
         BaseTunerLayer.delete_adapter(self, adapter_name)
-        self.base_layer, self.replaced = self.original_layer(), None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges into the base weight under the rules of `moka.merge`, unless it is merged already.
