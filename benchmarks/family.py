@@ -20,12 +20,14 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from cuda_timing import Table, facts
 from parity import evaluate
+from timing import measure
 from torch import Tensor
 
 import moka
@@ -163,24 +165,20 @@ def layers(options: argparse.Namespace) -> None:
             models[f"moka {name}"] = moka.inject(copy.deepcopy(base), own)
         x = torch.randn(options.tokens, K, device=device, requires_grad=True)
         grad = torch.randn(options.tokens, N, device=device)
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(options.repeats + 1):
-            for name, model in models.items():
-                began = time.perf_counter()
-                model(x).backward(grad)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                times[name].append(1e3 * (time.perf_counter() - began))
+        calls = {name: partial(_step, model, x, grad) for name, model in models.items()}
+        times = measure(calls, torch.device(device), repeat_s=options.seconds)
         for name, model in models.items():
-            own = sorted(times[name][1:])
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            median = own[len(own) // 2]
-            peer = sorted(times["peft LoRA r=8"][1:])[len(own) // 2]
+            own, peer = times[name], times["peft LoRA r=8"]
             table.add(
-                N=N, K=K, M=options.tokens, variant=name, trained=trained, median_ms=round(median, 2),
-                p20_ms=round(own[len(own) // 5], 2), p80_ms=round(own[len(own) * 4 // 5], 2),
-                ratio_to_peft_lora=round(median / peer, 3),
+                N=N, K=K, M=options.tokens, variant=name, trained=trained,
+                median_ms=round(own.median_ms, 2), p20_ms=round(own.p20_ms, 2), p80_ms=round(own.p80_ms, 2),
+                ratio_to_peft_lora=round(own.median_ms / peer.median_ms, 3),
             )  # fmt: skip
+
+
+def _step(model: torch.nn.Module, x: Tensor, grad: Tensor, call: int) -> None:
+    model(x).backward(grad)
 
 
 def main() -> None:
@@ -201,7 +199,7 @@ def main() -> None:
     parser.add_argument("--scales", nargs="+", default=["sqrt", "r"])
     parser.add_argument("--sizes", nargs="+", default=["4096x4096", "1536x576"])
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each variant of a layer")
     options = parser.parse_args()
     if options.what == "layers":
         layers(options)

@@ -168,7 +168,8 @@ def machine(rows: Rows) -> str:
         rates = f" (copy {row['copy_tb_s']} TB/s, bf16 product {row['matmul_tflop_s']} TFLOP/s)"
     names = ("torch", "bitsandbytes", "peft", "transformers", "liger-kernel", "lycoris-lora")
     versions = ", ".join(f"{name} {row[name]}" for name in names if row.get(name))
-    return f"\n{row['gpu']}{rates}; {versions}; commit {row['commit']}, {row['date']}.\n"
+    where = "CPU" if row["gpu"] == "none" else row["gpu"]
+    return f"\n{where}{rates}; {versions}; commit {row['commit']}, {row['date']}.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from table_format import Rows, markdown, number, read
+from table_format import markdown, number, read
+from tables_cuda import machine
 
 
 def starts() -> str:
@@ -62,14 +63,6 @@ def prune() -> str:
     header = ["seed", "components", "kept", "loss", "pruned", "change"]
     fields = ("seed", "components", "kept", "loss", "loss_pruned", "change")
     return markdown(header, ([row[field] for field in fields] for row in rows)) + machine(rows)
-
-
-def machine(rows: Rows) -> str:
-    """Where the rows were measured."""
-    row = rows[0]
-    where = "CPU" if row["gpu"] == "none" else row["gpu"]
-    versions = f"torch {row['torch']}, bitsandbytes {row['bitsandbytes']}"
-    return f"\n{where}; {versions}; commit {row['commit']}, {row['date']}.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .choice import evaluating
 from .errors import ConfigError, NonFiniteError, StateError
 from .gates import UNIFORM
 from .inject import adapter_layers
@@ -78,7 +79,7 @@ def start(
         for y in layers.values()
     }
     try:
-        with _evaluating(model), _active(layers.values(), adapter_name):
+        with evaluating(model), _active(layers.values(), adapter_name):
             if method == "gradient":
                 found = _gradient(layers, adapter_name, model, batches, passes, generator)
             else:
@@ -112,9 +113,8 @@ def _gradient(
             for layer, pairs in sides.items():
                 known = [torch.linalg.qr(pair[1 - side]).Q for pair in pairs]
                 _place(layer, name, 1 - side, known)
-            _backward(layers, name, model, batches)
-            for layer, pairs in sides.items():
-                found = _products(layer, name, side)
+            products = _products(layers, name, side, model, batches)
+            for (layer, pairs), found in zip(list(sides.items()), products, strict=True):
                 sides[layer] = [
                     (f, p[1]) if side == 0 else (p[0], f) for f, p in zip(found, pairs, strict=True)
                 ]
@@ -207,24 +207,24 @@ def _parts(layer: MokaLinear, name: str, side: int, flat: Tensor) -> tuple[Tenso
     return flat.split([s.b_numel if side else s.a_numel for s in layer.shapes[name]])
 
 
-def _products(layer: MokaLinear, name: str, side: int) -> list[Tensor]:
-    """The gradients of one side, as columns of each group, without the gates."""
-    gradient = layer.tables()[side][name].grad
-    assert gradient is not None
-    parts = _parts(layer, name, side, gradient.float().cpu())
-    alpha = layer.alpha(name).detach().cpu()
-    return [torch.stack([parts[i] / alpha[i] for i in at], dim=1) for _, at in _groups(layer, name)]
-
-
-def _backward(layers: dict[str, MokaLinear], name: str, model: nn.Module, batches: Batches) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
+def _products(
+    layers: dict[str, MokaLinear], name: str, side: int, model: nn.Module, batches: Batches
+) -> list[list[Tensor]]:
+    """For each layer the gradients of one side, as columns of each group, without the gates."""
+    wanted = [layer.tables()[side][name] for layer in layers.values()]
+    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in wanted]
     for loss in _losses(model, batches):
-        loss.backward()
-    for path, layer in layers.items():
-        for table in (layer.moka_A, layer.moka_B):
-            if table[name].grad is None or not table[name].grad.isfinite().all():
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        for path, total, gradient in zip(layers, sums, gradients, strict=True):
+            if gradient is None or not gradient.isfinite().all():
                 raise NonFiniteError(f"{path}: the gradient is missing, NaN or infinite; check the batches")
+            total += gradient
+    products = []
+    for layer, total in zip(layers.values(), sums, strict=True):
+        parts, alpha = _parts(layer, name, side, total.cpu()), layer.alpha(name).detach().cpu()
+        groups = _groups(layer, name)
+        products.append([torch.stack([parts[i] / alpha[i] for i in at], dim=1) for _, at in groups])
+    return products
 
 
 def _losses(model: Any, batches: Batches) -> Iterator[Tensor]:
@@ -239,19 +239,6 @@ def _losses(model: Any, batches: Batches) -> Iterator[Tensor]:
         raise ConfigError(
             "batches: got none, expected at least one, in a list or another iterable to be used again"
         )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter in model.parameters():
-            parameter.grad = None
 
 
 @contextlib.contextmanager
