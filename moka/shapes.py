@@ -96,6 +96,10 @@ def check_shape(N: int, K: int, shape: Sequence[Any], module: str) -> KronShape:
         )
     if (s.identity == 1 and s.ma != s.na) or (s.identity == 2 and s.mb != s.nb):
         raise ConfigError(f"{module}: shape {tuple(shape)}: an identity factor must be square")
+    if "identity" in (s.a, s.b):
+        raise ConfigError(
+            f"{module}: shape {tuple(shape)}: an identity is named by its number, identity=1 or 2"
+        )
     try:
         factors.check(*s.side("A"))
         factors.check(*s.side("B"))

@@ -316,6 +316,9 @@ def test_wrong_names_and_options_are_refused():
         moka.inject(
             nn.Sequential(nn.Linear(64, 64)), moka.MokaConfig(shapes="gralora(64,64)", target_modules=["0"])
         )
+    with pytest.raises(ConfigError, match="identity=1 or 2"):
+        shapes = [(8, 12, 4, 4, 0, "dense", "identity")]
+        moka.inject(nn.Sequential(nn.Linear(K, N)), moka.MokaConfig(target_modules=["0"], shapes=shapes))
     with pytest.raises(ConfigError, match="rule gralora"):
         moka.MokaConfig(shapes="gralora(1,2,3)")
     with pytest.raises(ConfigError, match="init"):
