@@ -322,6 +322,7 @@ def test_optimizers_are_told():
     del optimizer
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, on first use
 def test_what_is_refused_changes_nothing():
     model = adapted(r=3)
     before, config = all_parts(model), model.moka_config["default"]
