@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from moka import functional
-from moka.mixed import Rows
+from moka.rows import Rows
 
 COPIES = {(4096, 4096): 24, (1024, 4096): 80, (14336, 4096): 8, (4096, 14336): 8}  # fill the L2 four times
 Layers = dict[str, Callable[[], nn.Module]]

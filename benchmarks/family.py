@@ -151,30 +151,39 @@ def layers(options: argparse.Namespace) -> None:
 
     table = Table(options.folder / "family_layers.csv", facts("peft"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the fastest there, for peft's factors too
     for size in options.sizes:
         N, K = map(int, size.split("x"))
         torch.manual_seed(0)
         base = torch.nn.Sequential(
-            bitsandbytes.nn.Linear4bit(K, N, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+            bitsandbytes.nn.Linear4bit(K, N, bias=False, quant_type="nf4", compute_dtype=dtype)
         ).to(device)
         models = {"frozen": base}
         lora = peft.LoraConfig(target_modules=["0"], r=8)
-        models["peft LoRA r=8"] = peft.get_peft_model(copy.deepcopy(base), lora)
+        models["peft LoRA r=8"] = _cast(peft.get_peft_model(copy.deepcopy(base), lora), dtype)
         for name, fields in PRESETS.items():
             own = moka.preset(name, target_modules=["0"], **fields)
             models[f"moka {name}"] = moka.inject(copy.deepcopy(base), own)
-        x = torch.randn(options.tokens, K, device=device, requires_grad=True)
-        grad = torch.randn(options.tokens, N, device=device)
+        x = torch.randn(options.tokens, K, device=device, dtype=dtype, requires_grad=True)
+        grad = torch.randn(options.tokens, N, device=device, dtype=dtype)
         calls = {name: partial(_step, model, x, grad) for name, model in models.items()}
         times = measure(calls, torch.device(device), repeat_s=options.seconds)
         for name, model in models.items():
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             own, peer = times[name], times["peft LoRA r=8"]
             table.add(
-                N=N, K=K, M=options.tokens, variant=name, trained=trained,
+                N=N, K=K, M=options.tokens, variant=name, dtype=str(dtype)[6:], trained=trained,
                 median_ms=round(own.median_ms, 2), p20_ms=round(own.p20_ms, 2), p80_ms=round(own.p80_ms, 2),
                 ratio_to_peft_lora=round(own.median_ms / peer.median_ms, 3),
             )  # fmt: skip
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its trained parameters in the dtype."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _step(model: torch.nn.Module, x: Tensor, grad: Tensor, call: int) -> None:

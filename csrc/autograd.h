@@ -1,15 +1,16 @@
-// What the autograd nodes share: finding operators, saving arguments, refusing second derivatives.
+// What the autograd nodes share: saving arguments, refusing second derivatives.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include "ops/operators.h"
 
 namespace moka {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
 
 inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 inline Tensor tensor(const OptionalTensor& t) { return t.value_or(Tensor()); }
@@ -23,11 +24,6 @@ inline std::vector<int64_t> unbox(const c10::IValue& tuple) {
   std::vector<int64_t> v;
   for (const c10::IValue& i : tuple.toTupleRef().elements().asArrayRef()) v.push_back(i.toInt());
   return v;
-}
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {

@@ -19,27 +19,20 @@ struct Weight {
   std::vector<int64_t> sizes;  // blocksize, blocksize2, N, K
 };
 
-Tensor base_product(const Tensor& x, const Weight& w, const OptionalTensor& bias, bool transpose) {
-  static const auto op = find_op<Tensor(
-      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-      int64_t, int64_t, int64_t, int64_t, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-      const OptionalTensor&, at::IntArrayRef, bool, c10::string_view)>("moka::nf4_linear");
+// W x + b + s u B^T with u = x A^T, or W^T x + s u A with u = x B, in `dtype`.
+Tensor product(const Tensor& x, const Weight& w, const OptionalTensor& bias, const Tensor& A, const Tensor& B,
+               const Tensor& u, double scale, bool transpose, at::ScalarType dtype) {
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                     const OptionalTensor&, int64_t, int64_t, int64_t, int64_t, const OptionalTensor&, const Tensor&,
+                     const Tensor&, const Tensor&, double, bool, at::ScalarType)>("moka::nf4_linear_lora");
   const auto& t = w.tensors;
   const auto& n = w.sizes;
-  return op.call(x, t[0], t[1], optional(t[2]), optional(t[3]), optional(t[4]), n[0], n[1], n[2], n[3], bias,
-                 std::nullopt, std::nullopt, std::nullopt, {}, transpose, "auto");
+  return op.call(x, t[0], t[1], optional(t[2]), optional(t[3]), optional(t[4]), n[0], n[1], n[2], n[3], bias, A, B, u,
+                 scale, transpose, dtype);
 }
 
 Tensor rows(const Tensor& t, at::ScalarType dtype) { return cast(t.reshape_symint({-1, t.sym_size(-1)}), dtype); }
-
-// y += scale (u factor), by the product itself where the dtypes agree
-void add_product(const Tensor& y, const Tensor& u, const Tensor& factor, double scale) {
-  Tensor flat = y.view_symint({-1, y.sym_size(-1)});
-  if (flat.scalar_type() == u.scalar_type())
-    flat.addmm_(u, factor, 1, scale);
-  else
-    flat.add_(at::mm(u, factor), scale);
-}
 
 // scale (a^T b) in the dtype of a parameter. `like` has the shape of the result; its values do not matter.
 Tensor parameter_grad(const Tensor& like, const Tensor& a, const Tensor& b, double scale, at::ScalarType dtype) {
@@ -56,8 +49,7 @@ struct Lora : torch::autograd::Function<Lora> {
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     const Tensor A_low = cast(A, low), B_low = cast(B, low);
     const Tensor u = at::mm(rows(x, low), A_low.t());
-    const Tensor y = cast(base_product(cast(x, compute), weight, bias, false), x.scalar_type());
-    add_product(y, u, B_low.t(), scale);
+    const Tensor y = product(cast(x, compute), weight, bias, A_low, B_low, u, scale, false, x.scalar_type());
     variable_list saved = {A.requires_grad() ? x : Tensor(), B.requires_grad() ? u : Tensor(), A_low, B_low};
     saved.insert(saved.end(), weight.tensors.begin(), weight.tensors.end());
     ctx->save_for_backward(std::move(saved));
@@ -90,8 +82,7 @@ struct Lora : torch::autograd::Function<Lora> {
         if (need_bias) out[1] = rows(grad, grad.scalar_type()).sum(0);
         if (need_x) {
           const Weight weight = {{saved.begin() + 4, saved.end()}, unbox(args[0])};
-          out[0] = cast(base_product(grad, weight, std::nullopt, true), grad_y.scalar_type());
-          add_product(out[0], grad_u, A, scale);
+          out[0] = product(grad, weight, std::nullopt, A, B, grad_u, scale, true, grad_y.scalar_type());
         }
       }
       if (need_A) out[2] = parameter_grad(A, grad_u, rows(x, A.scalar_type()), scale, dtype(4));

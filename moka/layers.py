@@ -25,7 +25,7 @@ from .nf4 import NF4Weight
 from .shapes import KronShape, flatten_shapes
 
 if TYPE_CHECKING:
-    from .mixed import Rows
+    from .rows import Rows
 
 __all__ = ["MokaLinear", "NF4Linear", "delta_weight"]
 
@@ -211,7 +211,7 @@ class MokaLinear(nn.Module):
         if self.disable_adapters or (not names and self.rows is None):
             return self._base_forward(x)
         if self.rows is not None:
-            return self._mixed_forward(x, self.rows)
+            return self.rows.forward(self, x)
         base = self.base_layer
         dtype = bases.compute_dtype(base, x)
         inputs = x if dtype == x.dtype else x.to(dtype)
@@ -227,15 +227,23 @@ class MokaLinear(nn.Module):
                 f"adapter {names[0]!r} is on the meta device; give it values with model.to_empty(device=...) "
                 f"and reset_adapter on each layer, or with moka.load_adapter"
             )
-        bias: Any = base.bias
-        if bias is not None and bias.dtype != dtype:
-            bias = bias.to(dtype)
         mixture, path = (*factors, flatten_shapes(shapes)), self.configs[names[0]].path
-        y = functional.linear(inputs, bases.op_args(base), None if directed else bias, mixture, path)
+        y = self.product(inputs, mixture, path, with_bias=not directed)
         if directed:
             y = y * magnitude.direction(self, names[0]).to(y.dtype)
-            y = y if bias is None else y + bias
-        return y if y.dtype == x.dtype or not bases.is_linear4bit(base) else y.to(x.dtype)
+            y = y if base.bias is None else y + base.bias.to(dtype)
+        return self.result(y, x)
+
+    def product(self, x: Tensor, mixture: tuple, path: str, with_bias: bool = True) -> Tensor:
+        """Base and mixture in one operation, for x in the base's `compute_dtype`."""
+        bias: Any = self.base_layer.bias if with_bias else None
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return functional.linear(x, bases.op_args(self.base_layer), bias, mixture, path)
+
+    def result(self, y: Tensor, x: Tensor) -> Tensor:
+        """y in the dtype that the base would give it for x."""
+        return y if y.dtype == x.dtype or not bases.is_linear4bit(self.base_layer) else y.to(x.dtype)
 
     def _apart(self, name: str, x: Tensor) -> bool:
         """Whether an adapter runs beside the base, not in one operation with it."""
@@ -259,22 +267,6 @@ class MokaLinear(nn.Module):
             B, alpha = at_least_fp32(self.moka_B[name]), self._train_alpha(name)
             return branches.low_rank(x, self._left(name), B, alpha, form)
         return functional.kron_mixture(x, *self.mixture([name], gate_dropout=self.training))
-
-    def _mixed_forward(self, x: Tensor, rows: Rows) -> Tensor:
-        """The base for all rows at once, then to each row the mixture of its own adapter."""
-        base: Any = self.base_layer
-        inputs = x.to(bases.compute_dtype(base, x))
-        if len(base_args := bases.op_args(base)) > 1 and (stacked := rows.stack(self, inputs)) is not None:
-            return functional.nf4_linear_rows(inputs, base_args, base.bias, *stacked).to(x.dtype)
-        indices, mixtures = [], []
-        for name in rows.names:
-            if name in self.configs:
-                index, p = rows.index(name, x), self.configs[name].dropout
-                if self.training and p:
-                    inputs = inputs.index_copy(0, index, nn.functional.dropout(inputs[index], p))
-                indices.append(index)
-                mixtures.append(self.mixture([name], gate_dropout=self.training))
-        return functional.add_kron_mixtures(base(x), inputs, indices, mixtures)
 
     def _base_forward(self, x: Tensor) -> Tensor:
         weight = getattr(self.base_layer, "weight", x)

@@ -58,6 +58,11 @@ def _register_fakes() -> None:
           shapes):  # fmt: skip
         return x.new_empty((x.shape[0], N))
 
+    @torch.library.register_fake("moka::nf4_linear_lora")
+    def _(x, packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K, bias, A, B, u, scale,
+          transpose, dtype):  # fmt: skip
+        return x.new_empty((*x.shape[:-1], K if transpose else N), dtype=dtype)
+
     @torch.library.register_fake("moka::kron_add")
     def _(weight, A, B, alpha, shapes):
         return torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -19,6 +19,7 @@ MIXTURES = {
     "periodic, six": [(4, 16, 32, 32), (8, 32, 16, 16)] * 3,
     "identity": [(4, 16, 32, 32), (16, 16, 8, 32, 1)],
     "any shape": [(2, 256, 64, 2), (128, 2, 1, 256)],
+    "low rank": [(128, 1, 1, 512)] * 3,
 }
 #: layers whose planned shapes the Hopper gradient kernels know: a case of each family
 WIDE = ((4096, 4096), (14336, 4096), (1024, 4096))
@@ -80,6 +81,18 @@ def rows(tokens, N):
     check(y, want, roundings=3)
 
 
+def lora(rank, adapter_dtype):
+    """Enough tokens for the update to join the weight, in both directions."""
+    w = nf4.quantize(torch.randn(48, 192), 64, True)
+    A, B = torch.randn(rank, 192).to(adapter_dtype), torch.randn(48, rank).to(adapter_dtype)
+    dense = w.dequantize(torch.float32).double() + 0.5 * B.double() @ A.double()
+    for transpose, effective in ((False, dense.T), (True, dense)):
+        x = torch.randn(513, len(effective)).to(BF16)
+        u = torch.zeros(513, rank)  # of the update by itself, which is not formed
+        y = ops.nf4_linear_lora(*on_gpu((x, *w.op_args(), None, A, B, u, 0.5, transpose, BF16)))
+        check(y, x.double() @ effective)
+
+
 def mix(dtype):
     m = Mixture(MIXTURES["periodic"], 5, dtype, make=shifted)
     y = ops.kron_mix(*on_gpu((m.x, *m.params, m.flat_shapes, False, None)))
@@ -107,6 +120,7 @@ CASES = {
     **{f"build {name} {d}": (build, name, d) for name in MIXTURES for d in (BF16, torch.float32)},
     **{f"linear {args}": (linear, *args) for args in product((1, 9, 33, 70), (48, 128), (False, True))},
     **{f"rows {args}": (rows, *args) for args in ((5, 48), (40, 128))},
+    **{f"lora {rank} {d}": (lora, rank, d) for rank in (3, 24) for d in (BF16, torch.float32)},
     **{f"mix {d}": (mix, d) for d in (BF16, torch.float32)},
     # in fp32: initcheck does not see what cuBLAS' 16-bit kernels store
     **{f"gradients {name}": (gradients, MIXTURES[name], torch.float32) for name in MIXTURES},

@@ -243,6 +243,24 @@ def op_cases():
             ops.nf4_lora.default,
             (x, *plain, None, torch.randn(1, K), torch.randn(N, 1), 2.0, torch.bfloat16, torch.float16),
         ),
+        "nf4_linear_lora": (
+            ops.nf4_linear_lora.default,
+            (x, *double, bias, torch.randn(3, K), torch.randn(N, 3), torch.randn(5, 3), 2.0, False, x.dtype),
+        ),
+        "nf4_linear_lora dx": (
+            ops.nf4_linear_lora.default,
+            (
+                dy,
+                *plain,
+                None,
+                torch.randn(1, K),
+                torch.randn(N, 1),
+                torch.randn(5, 1),
+                0.5,
+                True,
+                torch.bfloat16,
+            ),
+        ),
         "dense_linear": (
             ops.dense_linear.default,
             (x, torch.randn(N, K), bias, *mixture, shapes, "factored"),

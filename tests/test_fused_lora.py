@@ -87,7 +87,7 @@ def fused_calls(monkeypatch):
         ("fp32", "fp32", "bf16", True),
     ],
 )
-@pytest.mark.parametrize(("r", "tokens"), [(1, 40), (5, 21), (16, 3)])
+@pytest.mark.parametrize(("r", "tokens"), [(1, 40), (5, 21), (16, 3), (3, 300), (16, 300)])
 def test_values_and_gradients(given, compute, adapter, autocast, r, tokens, device, fused_calls):
     block = lora_block(compute, adapter, r)
     block[0].base_layer.bias.requires_grad_()  # as by LoraConfig(bias="all")

@@ -10,7 +10,7 @@ from helpers import assert_close_by_rule, shifted
 from moka import functional, nf4, reference
 from moka.bases import NF4Linear
 from moka.errors import ConfigError, StateError
-from moka.mixed import Rows
+from moka.rows import Rows
 from moka.shapes import flatten_shapes
 from moka.weighted import combination_config, combine_
 
@@ -147,7 +147,21 @@ def test_mixing_is_refused_before_it_starts():
 
 def test_rows_of_an_adapter_are_looked_up_once():
     rows, x = Rows(["a", "b", "a"]), torch.zeros(3, 1)
-    assert rows.index("a", x).tolist() == [0, 2] and rows.index("a", x) is rows.index("a", x)
+    assert {name: index.tolist() for name, index in rows.indices(x).items()} == {"a": [0, 2], "b": [1]}
+    assert rows.indices(x) is rows.indices(x)
+
+
+def test_each_adapter_gets_its_rows_and_gives_them_back():
+    x = torch.arange(10.0).view(5, 2)
+    calls = {}
+
+    def negate_b(name, part):
+        calls[name] = part
+        return -part if name == "b" else part
+
+    y = Rows(["c", "b", "a", "b", "c"]).each(x, negate_b)
+    assert {name: part[:, 0].tolist() for name, part in calls.items()} == {"c": [0, 8], "b": [2, 6], "a": [4]}
+    assert torch.equal(y, x * torch.tensor([1, -1, 1, -1, 1])[:, None])
 
 
 @pytest.mark.parametrize("gate", ["softmax", "linear", "none"])
@@ -255,3 +269,25 @@ def test_few_tokens_take_one_operator(gate):
             assert_close_by_rule(layer(x).cpu(), expected.cpu(), None, torch.bfloat16, roundings=4)
             layer.moka_B["a"].mul_(3)
     assert len(calls) == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["linear", "nf4"])
+def test_many_tokens_take_one_product_for_each_adapter(kind):
+    """In the dtypes and with the gradients of the CPU's way, where the base's y comes first."""
+    x, dy = torch.randn(5, 40, K), torch.randn(5, 40, N)
+    results = []
+    for device in ("cpu", "cuda"):
+        model = make(kind).to(device)
+        inputs = x.to(device).requires_grad_()
+        with pytest.MonkeyPatch.context() as patch, moka.mixed_batch(model, ["b", "__base__", "a", "b", "a"]):
+            if device == "cuda":
+                patch.delattr(functional, "add_kron_mixtures")
+            y = model["x"](inputs)
+        y.backward(dy.to(device))
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append({"y": y.detach(), "dx": inputs.grad} | grads)
+    cpu, cuda = results
+    assert list(cpu) == list(cuda) and len(cpu) == 8
+    for name, want in cpu.items():
+        assert_close_by_rule(cuda[name].cpu(), want.double(), None, torch.float32, reduces_tokens=True)

@@ -177,6 +177,13 @@ struct Nf4Base {
   }
 };
 
+inline Nf4Base nf4_base(const Nf4Params& w) {
+  Nf4Base base = {w, 0, 0};
+  while ((int64_t{1} << base.block_shift) < w.blocksize) ++base.block_shift;
+  while (!w.absmax && (int64_t{1} << base.block2_shift) < w.blocksize2) ++base.block2_shift;
+  return base;
+}
+
 template <typename T>
 struct DenseBase {
   const T* w;  // null: zero
@@ -204,5 +211,14 @@ struct DenseBase {
   }
   __device__ float at(int64_t e) const { return w ? to_float(w[e]) : 0.f; }
 };
+
+// How many thread blocks run at once on this device.
+inline cudaError_t resident_blocks(int per_processor, int* count) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  *count *= per_processor;
+  return error;
+}
 
 }  // namespace moka::cuda

@@ -99,15 +99,6 @@ inline bool plan_walk(const KronParams& p, Walk* walk) {
   return false;
 }
 
-// How many thread blocks run at once on this device.
-inline cudaError_t resident_blocks(int per_processor, int* count) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-  *count *= per_processor;
-  return error;
-}
-
 template <typename T, typename TF, class Base>
 cudaError_t build(Base base, bool vector_base, int64_t N, int64_t K, const MixtureArgs& mix, T* out,
                   cudaStream_t stream) {

@@ -33,14 +33,6 @@ __device__ __forceinline__ void split(float low, float high, uint32_t (&parts)[k
   }
 }
 
-// d += a b: a 16 x 16, b 16 x 8.
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // A lane's share of the operands: components lane % 4 + 4 i, i < kShare; those beyond r repeat component 0, B = 0. In
 // the product, group lane / 4 is a row and an octet of columns of the cell on the left, a macro column on the right;
 // tile m holds columns 2 m and 2 m + 1 of the octets, so that a lane ends up with whole octets, in macro columns
@@ -172,7 +164,7 @@ __global__ void __launch_bounds__(kBuildThreads, kMixtureBlocks)
         for (int k = 0; k <= order; ++k)
 #pragma unroll
           for (int m = 0; m < 4; ++m)
-            mma(sum[m], operands.left[k][m], right[half][0][order - k], right[half][1][order - k]);
+            mma<__nv_bfloat16>(sum[m], operands.left[k][m], right[half][0][order - k], right[half][1][order - k]);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float v[8];

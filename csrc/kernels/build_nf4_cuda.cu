@@ -57,13 +57,6 @@ cudaError_t quantize(const void* w, int64_t numel, int64_t blocksize, uint8_t* p
   return cudaGetLastError();
 }
 
-Nf4Base nf4_base(const Nf4Params& w) {
-  Nf4Base base = {w, 0, 0};
-  while ((int64_t{1} << base.block_shift) < w.blocksize) ++base.block_shift;
-  while (!w.absmax && (int64_t{1} << base.block2_shift) < w.blocksize2) ++base.block2_shift;
-  return base;
-}
-
 constexpr int kDequantizeBlocks = 4;  // per multiprocessor, for 32 KB of table each
 
 // W without a mixture, eight entries per step; the loads of the next four steps run ahead.

@@ -16,23 +16,6 @@ constexpr int kChunk = 256;  // columns a warp handles at a time: four blocks of
 constexpr int kTableBytes = 256 * kLanes * 4;
 constexpr int kSharedPercent = 44;  // of a multiprocessor's shared memory beside a mixture; the rest caches, on Hopper
 
-template <typename T>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-
-template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-__device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Entry (byte, lane) is the pair of weights that `byte` codes, as two T; rotated writes avoid bank conflicts.
 template <typename T>
 __device__ void fill_table(uint32_t* table) {
@@ -207,42 +190,45 @@ struct DecodeArgs {
   const void* x;
   int tokens;
   const Nf4Params& w;
-  int shift2;
+  int shift2 = 0;
   const void* bias;
   const MixtureArgs& mix;
   const MixturePlan& plan;
   float* shares;
   void* y;
   cudaStream_t stream;
-  bool hopper;
-  int multiprocessors;
+  bool overlapping = can_overlap();
+  int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+
+  DecodeArgs(const void* x, int64_t tokens, const Nf4Params& w, const void* bias, const MixtureArgs& mix,
+             const MixturePlan& plan, float* shares, void* y, cudaStream_t stream)
+      : x(x),
+        tokens(static_cast<int>(tokens)),
+        w(w),
+        bias(bias),
+        mix(mix),
+        plan(plan),
+        shares(shares),
+        y(y),
+        stream(stream) {
+    while (!w.absmax && (int64_t{1} << shift2) < w.blocksize2) ++shift2;
+  }
 };
 
-// On Hopper the launch overlaps the kernel before it.
 template <typename... Params, typename... Args>
 cudaError_t launch(const DecodeArgs& d, void (*kernel)(Params...), dim3 grid, int threads, int bytes, Args... args) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess && d.plan.r)  // two kernels share a multiprocessor only if they divide its memory alike
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kSharedPercent);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = d.stream;
-  config.attrs = &overlap;
-  config.numAttrs = d.hopper ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  return launch_overlapping(kernel, grid, threads, bytes, d.stream, d.overlapping, args...);
 }
 
 template <typename T, typename TF>
 cudaError_t launch_mixture(const DecodeArgs& d) {
   const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
   const Adapters adapters = {d.mix.adapter, d.mix.a_stride, d.mix.b_stride};
-  const int fetchers = d.hopper && d.w.N * d.w.K / 2 <= kPrefetchBytes ? kPrefetchBlocks : 0;
+  const int fetchers = d.overlapping && d.w.N * d.w.K / 2 <= kPrefetchBytes ? kPrefetchBlocks : 0;
   const dim3 grid(static_cast<unsigned>(fetchers + d.plan.blocks * d.tokens));
   return launch(d, mixture_kernel<T, TF>, grid, kMixtureThreads, mixture_bytes(d.plan, sizeof(TF)),
                 static_cast<const T*>(d.x), d.tokens, f, adapters, d.plan, d.w, d.shift2, fetchers, d.shares);
@@ -257,10 +243,14 @@ cudaError_t launch_main(const DecodeArgs& d) {
 }
 
 template <typename T>
+cudaError_t shares(const DecodeArgs& d) {
+  return d.mix.factor_dtype == Dtype::kF32 ? launch_mixture<T, float>(d) : launch_mixture<T, T>(d);
+}
+
+template <typename T>
 cudaError_t decode(const DecodeArgs& d) {
   if (d.plan.r > 0) {
-    const bool fp32 = d.mix.factor_dtype == Dtype::kF32;
-    const cudaError_t error = fp32 ? launch_mixture<T, float>(d) : launch_mixture<T, T>(d);
+    const cudaError_t error = shares<T>(d);
     if (error != cudaSuccess) return error;
   }
   // H100: 16 warps halve the time of a thread block, which pays where there is one per multiprocessor at most; two row
@@ -269,13 +259,6 @@ cudaError_t decode(const DecodeArgs& d) {
   if (d.tokens <= 8) return few_rows ? launch_main<T, 1, 1, 16>(d) : launch_main<T, 1, 1, 8>(d);
   if (few_rows) return launch_main<T, 1, 2, 16>(d);
   return d.w.N % 32 == 0 ? launch_main<T, 2, 2, 8>(d) : launch_main<T, 1, 2, 8>(d);
-}
-
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
 }
 
 }  // namespace
@@ -303,17 +286,19 @@ bool decode_supports(const MixtureArgs& mix) {
 
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixture.r * mixture.N * tokens; }
 
+cudaError_t launch_shares(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const MixtureArgs& mix,
+                          float* scratch, cudaStream_t stream) {
+  const MixturePlan plan = plan_mixture(mix.shapes);
+  const DecodeArgs d(x, tokens, w, nullptr, mix, plan, scratch, nullptr, stream);
+  return dtype == Dtype::kBF16 ? shares<__nv_bfloat16>(d) : shares<__half>(d);
+}
+
 cudaError_t launch_decode(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias,
                           const MixtureArgs& mix, float* scratch, void* y, cudaStream_t stream) {
   if (tokens == 0 || w.N == 0) return cudaSuccess;
   if (tokens > kMaxDecodeTokens) return cudaErrorInvalidValue;
   const MixturePlan plan = plan_mixture(mix.shapes);
-  int shift2 = 0;
-  while (!w.absmax && (int64_t{1} << shift2) < w.blocksize2) ++shift2;
-  const bool hopper = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  const DecodeArgs d = {x,      static_cast<int>(tokens), w, shift2, bias, mix, plan, scratch, y, stream,
-                        hopper, multiprocessors};
+  const DecodeArgs d(x, tokens, w, bias, mix, plan, scratch, y, stream);
   return dtype == Dtype::kBF16 ? decode<__nv_bfloat16>(d) : decode<__half>(d);
 }
 

@@ -20,18 +20,6 @@ constexpr int kAhead = 4;                 // pieces of the second factor that a 
 constexpr int kPrefetchBlocks = 128;      // thread blocks that only fetch the weight for the decode kernel
 constexpr int kPrefetchBytes = 16 << 20;  // a larger weight would leave the L2 before it is read
 
-// Lets the next kernel of the stream start, and waits until the kernels before this one are complete; both do
-// nothing unless the launch says so.
-__device__ __forceinline__ void let_next_start() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
 // Fetches into the L2 the 16-byte units that hold these bytes.
 __device__ __forceinline__ void prefetch_l2(const void* p, int bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

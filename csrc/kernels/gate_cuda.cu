@@ -1,4 +1,5 @@
-// One warp: a mixture has few components.
+// One warp: a mixture has few components. The launches overlap their neighbours', since waiting is most of their time.
+#include "cuda_common.cuh"
 #include "gate_cuda.h"
 
 namespace moka::cuda {
@@ -20,6 +21,8 @@ __device__ T warp_max(T v) {
 
 template <typename T>
 __global__ void gate_kernel(const T* logits, T scale, int r, T* alpha) {
+  let_next_start();
+  wait_for_previous();
   T largest = -INFINITY, total = 0;
   for (int i = threadIdx.x; i < r; i += kWarp) largest = max(largest, logits[i]);
   largest = warp_max(largest);
@@ -30,6 +33,8 @@ __global__ void gate_kernel(const T* logits, T scale, int r, T* alpha) {
 
 template <typename T>
 __global__ void gate_grad_kernel(const T* alpha, const T* grad_alpha, T scale, int r, T* grad_logits) {
+  let_next_start();
+  wait_for_previous();
   T dot = 0;
   for (int i = threadIdx.x; i < r; i += kWarp) dot += alpha[i] * grad_alpha[i];
   dot = warp_sum(dot) / scale;
@@ -40,14 +45,13 @@ __global__ void gate_grad_kernel(const T* alpha, const T* grad_alpha, T scale, i
 
 template <typename T>
 cudaError_t launch_gate(const T* logits, T scale, int r, T* alpha, cudaStream_t stream) {
-  gate_kernel<<<1, kWarp, 0, stream>>>(logits, scale, r, alpha);
-  return cudaGetLastError();
+  return launch_overlapping(gate_kernel<T>, dim3(1), kWarp, 0, stream, can_overlap(), logits, scale, r, alpha);
 }
 
 template <typename T>
 cudaError_t launch_gate_grad(const T* alpha, const T* grad_alpha, T scale, int r, T* grad_logits, cudaStream_t stream) {
-  gate_grad_kernel<<<1, kWarp, 0, stream>>>(alpha, grad_alpha, scale, r, grad_logits);
-  return cudaGetLastError();
+  return launch_overlapping(gate_grad_kernel<T>, dim3(1), kWarp, 0, stream, can_overlap(), alpha, grad_alpha, scale, r,
+                            grad_logits);
 }
 
 template cudaError_t launch_gate(const float*, float, int, float*, cudaStream_t);

@@ -5,6 +5,7 @@
 // (so that they are the numbers a dense copy would hold) straight into the register operand of wgmma; x is the other
 // operand. One more warp streams codes and x through two rings of bulk copies. The warpgroups and a cluster of thread
 // blocks share out K; their sums meet through distributed shared memory, in a fixed order.
+#include "decode_cuda.h"
 #include "nf4_gemm_sm90.cuh"
 #include "nf4_gemm_sm90.h"
 #include "tensor_map.h"
@@ -35,6 +36,7 @@ struct GemmLaunch {
   Nf4Params w;
   int tokens, shift2, chunks;  // log2 of blocksize2; K / kChunk
   const void* bias;
+  Shares shares;
   void* y;
 };
 
@@ -210,7 +212,9 @@ __global__ void __launch_bounds__(Tile<TOKENS, ROWS, SPLIT>::kThreads, 1)
     }
     fill_table<96>(reinterpret_cast<float4*>(table), thread - C::kConsumers - 32);
   }
-  cudaGridDependencySynchronize();  // the kernel in front has ended
+  // The kernel in front may have written x. With a mixture that is the mixture's, which let this one start only after
+  // everything in front of it had ended; its shares are read last.
+  if (p.shares.r == 0) cudaGridDependencySynchronize();
   if (thread < 256 && p.w.absmax == nullptr) code2[thread] = __ldg(p.w.code2 + thread);
   __syncthreads();
 
@@ -228,8 +232,9 @@ __global__ void __launch_bounds__(Tile<TOKENS, ROWS, SPLIT>::kThreads, 1)
     const int warpgroup = thread / 128, part = warpgroup / (ROWS / 64);
     store_sums<TOKENS>(d, sums + part * TOKENS * C::kPitch + warpgroup % (ROWS / 64) * 64, C::kPitch);
     cluster_sync();
+    if (p.shares.r) cudaGridDependencySynchronize();
     const int64_t n0 = static_cast<int64_t>(blockIdx.y) * ROWS;
-    reduce_sums<TOKENS, ROWS, SPLIT, C::kConsumers, T>(sums, p.tokens, p.w.N, n0, p.bias, p.y);
+    reduce_sums<TOKENS, ROWS, SPLIT, C::kConsumers, T>(sums, p.tokens, p.w.N, n0, p.bias, p.shares, p.y);
   }
   cluster_sync_relaxed();  // the sums stay until every rank has read them
 #endif
@@ -279,11 +284,16 @@ bool nf4_gemm_supports(const Nf4Params& w) {
 }
 
 cudaError_t launch_nf4_gemm_sm90(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias,
-                                 void* y, cudaStream_t stream) {
+                                 const MixtureArgs& mix, float* scratch, void* y, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
   if (encode_tiled() == nullptr) return cudaErrorNotSupported;
+  if (mix.shapes.r > 0) {
+    const cudaError_t error = launch_shares(x, dtype, tokens, w, mix, scratch, stream);
+    if (error != cudaSuccess) return error;
+  }
   GemmLaunch p;
   p.w = w, p.bias = bias, p.y = y;
+  p.shares = {scratch, static_cast<int>(mix.shapes.r), mix.adapter};
   p.tokens = static_cast<int>(tokens), p.chunks = static_cast<int>(w.K / kChunk), p.shift2 = 0;
   while (!w.absmax && (int64_t{1} << p.shift2) < w.blocksize2) ++p.shift2;
   return dtype == Dtype::kBF16 ? launch_any<__nv_bfloat16>(p, x, stream) : launch_any<__half>(p, x, stream);

@@ -9,6 +9,24 @@
 namespace moka::cuda {
 
 constexpr int kMaxCluster = 8;
+
+// What a mixture adds to y: [r, tokens, N], of the kernel in front. A token of a negative adapter has none.
+struct Shares {
+  const float* values;
+  int r;
+  const int32_t* adapter;  // [tokens], or null
+
+  // Rows n to n + 3 of a token.
+  __device__ __forceinline__ void add(float (&v)[4], int tokens, int64_t N, int token, int64_t n) const {
+    if (adapter && __ldcg(adapter + token) < 0) return;
+    const float* from = values + token * N + n;
+#pragma unroll 5
+    for (int i = 0; i < r; ++i, from += tokens * N) {
+      const float4 share = __ldcg(reinterpret_cast<const float4*>(from));
+      v[0] += share.x, v[1] += share.y, v[2] += share.z, v[3] += share.w;
+    }
+  }
+};
 constexpr int kCopies = 16;  // of the table of pairs: one per pair of banks
 constexpr int kTableBytes = 256 * kCopies * 8;
 
@@ -88,10 +106,11 @@ __device__ __forceinline__ void store_sums(const float (&d)[TOKENS / 2], float* 
     sums[(i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2) * pitch + row + i / 2 % 2 * 8] = d[i];
 }
 
-// y = the sums over ranks, and over PARTS in each rank, plus bias, by THREADS threads. A rank takes every ranks-th
-// token, a thread four rows at a time.
+// y = the sums over ranks, and over PARTS in each rank, plus bias and the mixture's shares, by THREADS threads. A rank
+// takes every ranks-th token, a thread four rows at a time.
 template <int TOKENS, int ROWS, int PARTS, int THREADS, typename T>
-__device__ void reduce_sums(const float* sums, int tokens, int64_t N, int64_t n0, const void* bias, void* y) {
+__device__ void reduce_sums(const float* sums, int tokens, int64_t N, int64_t n0, const void* bias,
+                            const Shares& shares, void* y) {
   constexpr int kPitch = ROWS + 4, kAcross = ROWS / 4, kBatch = 8 / PARTS;
   const int rank = blockIdx.x, ranks = gridDim.x, row = threadIdx.x % kAcross * 4;
   const int64_t n = n0 + row, first = static_cast<int64_t>(blockIdx.z) * TOKENS;
@@ -104,6 +123,7 @@ __device__ void reduce_sums(const float* sums, int tokens, int64_t N, int64_t n0
   }
   for (int t = rank + threadIdx.x / kAcross * ranks; t < end; t += THREADS / kAcross * ranks) {
     float v[4] = {};
+    if (shares.r) shares.add(v, tokens, N, static_cast<int>(first) + t, n);
     for (int r = 0; r < ranks; r += kBatch) {
       float4 part[kBatch][PARTS];
 #pragma unroll

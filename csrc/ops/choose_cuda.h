@@ -4,6 +4,7 @@
 
 #include <ATen/cuda/CUDAContext.h>
 
+#include "kernels/build_lora_cuda.h"
 #include "kernels/decode_cuda.h"
 #include "kernels/kron_grad_sm90.h"
 #include "kernels/nf4_gemm_sm90.h"
@@ -11,7 +12,7 @@
 namespace moka::cuda {
 
 enum class LinearKernel { kDecode, kGemmSm90, kBuild };
-enum class GradKernel { kFactoredSm90, kContract };
+enum class GradKernel { kFactoredSm90, kOuter, kContract };
 
 inline const char* name(LinearKernel k) {
   switch (k) {
@@ -23,7 +24,16 @@ inline const char* name(LinearKernel k) {
       return "build + cuBLAS";
   }
 }
-inline const char* name(GradKernel k) { return k == GradKernel::kFactoredSm90 ? "factored, wgmma" : "G + contraction"; }
+inline const char* name(GradKernel k) {
+  switch (k) {
+    case GradKernel::kFactoredSm90:
+      return "factored, wgmma";
+    case GradKernel::kOuter:
+      return "low rank";
+    default:
+      return "G + contraction";
+  }
+}
 
 inline bool sixteen_bit(at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; }
 
@@ -31,24 +41,39 @@ inline bool sixteen_bit(at::ScalarType t) { return t == at::kHalf || t == at::kB
 inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const MixtureArgs& mix, at::ScalarType dtype,
                                   bool transpose) {
   if (transpose || !sixteen_bit(dtype)) return LinearKernel::kBuild;
-  const bool hopper = at::cuda::getCurrentDeviceProperties()->major == 9, mixed = mix.shapes.r > 0;
-  const bool few = decode_supports(w) && decode_supports(mix);
-  // merging one mixture into a dense weight pays from 33 tokens; a mixture per row can't be merged
-  const int64_t factored = mix.adapter ? kMaxDecodeTokens : 32;
-  if (few && tokens <= (mixed ? factored : 16)) return LinearKernel::kDecode;
+  const bool mixed = mix.shapes.r > 0, few = decode_supports(w) && decode_supports(mix);
+  const bool gemm = at::cuda::getCurrentDeviceProperties()->major == 9 && nf4_gemm_supports(w);
+  if (few && tokens <= 16) return LinearKernel::kDecode;
   // up to 512 tokens, and 128 of a small weight, whose dense copy is quickly made
-  if (hopper && !mixed && tokens <= (w.N * w.K < 1 << 23 ? 128 : 512) && nf4_gemm_supports(w))
-    return LinearKernel::kGemmSm90;
-  return few && !mixed && tokens <= kMaxDecodeTokens ? LinearKernel::kDecode : LinearKernel::kBuild;
+  if (gemm && !mixed && tokens <= (w.N * w.K < 1 << 23 ? 128 : 512)) return LinearKernel::kGemmSm90;
+  // merging one mixture into a dense weight pays later; a mixture per row can't be merged
+  if (!few || tokens > kMaxDecodeTokens) return LinearKernel::kBuild;
+  if (gemm) return LinearKernel::kGemmSm90;
+  return !mixed || mix.adapter || tokens <= 32 ? LinearKernel::kDecode : LinearKernel::kBuild;
 }
 
-// Parameter gradients: through the factors where the Hopper kernel knows the shapes, else from G = dY^T X.
-// `plan` is filled for kFactoredSm90. Its intermediates are rounded to x's dtype, which fp16's range forbids.
+// A low-rank update joins the dense copy that many tokens go through, rather than y in another pass over it.
+inline bool merges_lora(int64_t tokens, const Nf4Params& w, const at::Tensor& A, at::ScalarType x,
+                        at::ScalarType result) {
+  const bool dtypes = sixteen_bit(x) && result == x && (A.scalar_type() == x || A.scalar_type() == at::kFloat);
+  return dtypes && tokens > 512 && build_lora_supports(w, 4 * A.size(0));
+}
+
+// Parameter gradients: through the factors where the Hopper kernel knows the shapes, or where all are columns and rows
+// (a low-rank update); else from G = dY^T X. `plan` is filled for kFactoredSm90. The first two round their
+// intermediates to x's dtype, which fp16's range forbids.
 inline GradKernel choose_grad(int64_t tokens, const KronParams& mixture, at::ScalarType dtype, GradPlan* plan) {
   const auto* device = at::cuda::getCurrentDeviceProperties();
-  const bool factored = device->major == 9 && dtype == at::kBFloat16 && tokens >= 64 &&
-                        plan_grad(mixture, device->multiProcessorCount, plan);
-  return factored ? GradKernel::kFactoredSm90 : GradKernel::kContract;
+  if (device->major == 9 && dtype == at::kBFloat16 && tokens >= 64 &&
+      plan_grad(mixture, device->multiProcessorCount, plan))
+    return GradKernel::kFactoredSm90;
+  bool outer = dtype != at::kHalf && tokens > 0;
+  for (int64_t i = 0; i < mixture.r; ++i) {
+    const KronComponent& c = mixture.components[i];
+    outer = outer && c.na == 1 && c.mb == 1 && c.identity == Identity::kNone && c.a_offset == i * mixture.N &&
+            c.b_offset == i * mixture.K;
+  }
+  return outer ? GradKernel::kOuter : GradKernel::kContract;
 }
 
 }  // namespace moka::cuda

@@ -87,16 +87,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
     const auto fp32 = mix.A.options().dtype(at::kFloat);
     void *grad_A = g.A.mutable_data_ptr(), *grad_B = g.B.mutable_data_ptr();
     float* grad_alpha = g.alpha.mutable_data_ptr<float>();
+    const auto product = [](const at::Tensor& a, const at::Tensor& b) {  // in fp32
+      return a.scalar_type() == at::kFloat ? at::mm(a, b) : at::mm(a, b, at::kFloat);
+    };
     GradPlan plan;
-    if (choose_grad(tokens, p, x.scalar_type(), &plan) == GradKernel::kFactoredSm90) {
+    const GradKernel kernel = choose_grad(tokens, p, x.scalar_type(), &plan);
+    if (kernel == GradKernel::kFactoredSm90) {
       const int sms = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
       at::Tensor scratch = at::empty({sms * plan.slab + kFinishDots * p.r}, fp32);
       float *partial = scratch.mutable_data_ptr<float>(), *dots = partial + sms * plan.slab;
       C10_CUDA_CHECK(launch_kron_grad_sm90(x2.const_data_ptr(), dy2.const_data_ptr(), tokens, mix.args, plan, sms,
                                            partial, stream));
       C10_CUDA_CHECK(launch_finish_slabs(partial, mix.args, plan, dots, grad_A, grad_B, grad_alpha, stream));
+    } else if (kernel == GradKernel::kOuter) {
+      const auto other = [&](const at::Tensor& t, const at::Tensor& factor, int64_t width) {  // [tokens, r]
+        return at::mm(t, factor.to(x.scalar_type()).view({p.r, width}).t());
+      };
+      const at::Tensor raw_A = product(other(x2, mix.B, p.K).t(), dy2), raw_B = product(other(dy2, mix.A, p.N).t(), x2);
+      C10_CUDA_CHECK(launch_finish_grads(raw_A.const_data_ptr<float>(), raw_B.const_data_ptr<float>(), mix.args, grad_A,
+                                         grad_B, grad_alpha, stream));
     } else {
-      const at::Tensor G = x.scalar_type() == at::kFloat ? at::mm(dy2.t(), x2) : at::mm(dy2.t(), x2, at::kFloat);
+      const at::Tensor G = product(dy2.t(), x2);
       at::Tensor raw = at::empty({mix.shapes.a_numel + mix.shapes.b_numel}, fp32);
       at::Tensor scratch = at::empty({contract_scratch(p)}, fp32);
       float *raw_A = raw.mutable_data_ptr<float>(), *raw_B = raw_A + mix.shapes.a_numel;

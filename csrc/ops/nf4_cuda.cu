@@ -61,13 +61,15 @@ OptionalTensor bias_of(const OptionalTensor& bias, int64_t out, const at::Tensor
 
 const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// y of x [tokens, K] by launch_decode.
-at::Tensor few_tokens(const at::Tensor& x, const Nf4Params& w, const OptionalTensor& bias, const MixtureArgs& mix) {
+// y of x [tokens, K] straight from the 4-bit weight.
+at::Tensor few_tokens(LinearKernel kernel, const at::Tensor& x, const Nf4Params& w, const OptionalTensor& bias,
+                      const MixtureArgs& mix) {
   const int64_t tokens = x.size(0);
   at::Tensor y = at::empty({tokens, w.N}, x.options());
   const at::Tensor scratch = at::empty({decode_scratch(mix.shapes, tokens)}, x.options().dtype(at::kFloat));
-  C10_CUDA_CHECK(launch_decode(x.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w, data(bias), mix,
-                               scratch.mutable_data_ptr<float>(), y.mutable_data_ptr(), current_stream()));
+  auto* launch = kernel == LinearKernel::kDecode ? launch_decode : launch_nf4_gemm_sm90;
+  C10_CUDA_CHECK(launch(x.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w, data(bias), mix,
+                        scratch.mutable_data_ptr<float>(), y.mutable_data_ptr(), current_stream()));
   return y;
 }
 
@@ -93,13 +95,8 @@ at::Tensor nf4_linear(const at::Tensor& x, const at::Tensor& packed, const at::T
   const MixtureArgs args = mix.A.defined() ? mix.args : MixtureArgs{};
   const auto kernel =
       tokens == 0 ? LinearKernel::kBuild : choose_linear(tokens, w.params, args, x.scalar_type(), transpose);
-  if (kernel == LinearKernel::kGemmSm90) {
-    at::Tensor y = at::empty({tokens, out}, x.options());
-    C10_CUDA_CHECK(launch_nf4_gemm_sm90(x2.const_data_ptr(), dtype_of(x.scalar_type()), tokens, w.params, data(b),
-                                        y.mutable_data_ptr(), current_stream()));
-    return y.view(sizes);
-  }
-  if (kernel == LinearKernel::kDecode && path != "merged") return few_tokens(x2, w.params, b, args).view(sizes);
+  if (kernel != LinearKernel::kBuild && (!A || path != "merged"))
+    return few_tokens(kernel, x2, w.params, b, args).view(sizes);
   const bool factored = A.has_value() && path == "factored";
   const at::Tensor dense = build(w, factored ? CudaMixture() : mix, x.scalar_type());
   const at::Tensor weight = transpose ? dense : dense.t();
@@ -127,10 +124,10 @@ at::Tensor nf4_linear_rows(const at::Tensor& x, const at::Tensor& packed, const 
   MixtureArgs args = mix.args;
   args.adapter = of_row.const_data_ptr<int32_t>();
   args.a_stride = one.a_numel, args.b_stride = one.b_numel;
-  if (!mix.fp64 && rows.size(0) > 0 &&
-      choose_linear(rows.size(0), w.params, args, x.scalar_type(), false) == LinearKernel::kDecode) {
-    return few_tokens(rows, w.params, bias_of(bias, N, x), args);
-  }
+  const auto kernel = mix.fp64 || rows.size(0) == 0
+                          ? LinearKernel::kBuild
+                          : choose_linear(rows.size(0), w.params, args, x.scalar_type(), false);
+  if (kernel != LinearKernel::kBuild) return few_tokens(kernel, rows, w.params, bias_of(bias, N, x), args);
   return nf4_linear_masked(x, packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K, bias, A, B, alpha,
                            adapter, shapes);
 }

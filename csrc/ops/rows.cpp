@@ -2,20 +2,11 @@
 #include "rows.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 namespace moka {
-namespace {
 
 using at::Tensor;
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-}  // namespace
 
 Tensor nf4_linear_masked(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
                          const OptionalTensor& code2, const OptionalTensor& offset, int64_t blocksize,
@@ -23,14 +14,9 @@ Tensor nf4_linear_masked(const Tensor& x, const Tensor& packed, const Tensor& ab
                          const Tensor& B, const Tensor& alpha, const Tensor& adapter, at::IntArrayRef shapes) {
   const at::AutoDispatchBelowADInplaceOrView below;
   parse_rows(x, N, K, A, B, alpha, adapter, shapes);
-  static const auto base = find_op<Tensor(
-      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-      int64_t, int64_t, int64_t, int64_t, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-      const OptionalTensor&, at::IntArrayRef, bool, c10::string_view)>("moka::nf4_linear");
   static const auto mix = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::IntArrayRef,
                                          bool, const OptionalTensor&)>("moka::kron_mix");
-  Tensor y = base.call(x, packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K, bias, std::nullopt,
-                       std::nullopt, std::nullopt, {}, false, "auto");
+  Tensor y = call_nf4_linear(x, packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K, bias, false);
   for (int64_t i = 0; i < A.size(0); ++i) {
     const Tensor rows = (adapter == i).unsqueeze(1);
     const Tensor own = at::where(rows, x, at::zeros({}, x.options()));

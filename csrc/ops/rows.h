@@ -1,15 +1,10 @@
 // A batch whose rows have mixtures of their own: what the backends share.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
-
 #include "../checks.h"
+#include "operators.h"
 
 namespace moka {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // A [adapters, entries], B likewise, alpha [adapters, r], adapter [rows of x] int32; x [rows, K].
 inline Mixture parse_rows(const at::Tensor& x, int64_t N, int64_t K, const at::Tensor& A, const at::Tensor& B,

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ...errors import CheckpointMismatchError, ConfigError, StateError
 from ...inject import adapter_layers, check_adapter_name, check_linear4bit, stop_repacking, tie, tied_by
 from ...merge import merge_layers, unmerge
-from ...mixed import Rows, mixed_batch
+from ...mixed import mixed_batch
 from ...quantize import dequantize
+from ...rows import Rows
 from ...rules import plan_shapes
 from ...targets import find_modules_to_save, find_targets, matches, walk
 from ...weighted import combination_config, combine_
