@@ -31,6 +31,7 @@ import moka
 
 BATCH, LENGTH = 4, 1024
 QV = ["q_proj", "v_proj"]
+AUTOCAST = "fp32 under autocast"  # rows with peft's and Trainer's defaults
 
 
 def config(layers: int) -> LlamaConfig:
@@ -68,19 +69,19 @@ def bitsandbytes(model: Any) -> Any:
     return model
 
 
-def lora(model: Any, targets: Any, r: int) -> Any:
-    """peft's QLoRA, adapters in bf16."""
+def lora(model: Any, targets: Any, r: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """peft's QLoRA, adapters in a dtype; peft makes them in fp32."""
     adapter = peft.LoraConfig(r=r, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, adapter)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
-def accelerated_lora(model: Any, targets: Any, r: int) -> Any:
+def accelerated_lora(model: Any, *settings: Any) -> Any:
     """The same on moka's kernels: all 4-bit layers, adapted or not."""
-    return moka.accelerate(lora(bitsandbytes(model), targets, r))
+    return moka.accelerate(lora(bitsandbytes(model), *settings))
 
 
 def mixture(model: Any, targets: Any) -> Any:
@@ -98,6 +99,12 @@ ROWS: dict[str, Callable[[Any], Any]] = {
     "peft QLoRA, q and v, r=64, accelerated": lambda model: accelerated_lora(model, QV, 64),
     "peft QLoRA, all linear, r=16": lambda model: lora(bitsandbytes(model), "all-linear", 16),
     "peft QLoRA, all linear, r=16, accelerated": lambda model: accelerated_lora(model, "all-linear", 16),
+    f"peft QLoRA, all linear, r=16, {AUTOCAST}": lambda model: lora(
+        bitsandbytes(model), "all-linear", 16, torch.float32
+    ),
+    f"peft QLoRA, all linear, r=16, {AUTOCAST}, accelerated": lambda model: accelerated_lora(
+        model, "all-linear", 16, torch.float32
+    ),
     "moka, q and v, bitsandbytes base": lambda model: mixture(bitsandbytes(model), QV),
     "moka, q and v, moka base": lambda model: mixture(moka.quantize(model), QV),
     "moka, all linear, bitsandbytes base": lambda model: mixture(bitsandbytes(model), "all-linear"),
@@ -164,7 +171,8 @@ def main() -> None:
                 continue
             try:
                 model = make(copy.deepcopy(original))
-                with torch.cuda.nvtx.range(name):
+                autocast = torch.autocast("cuda", torch.bfloat16, enabled=AUTOCAST in name)
+                with torch.cuda.nvtx.range(name), autocast:
                     figures = measure(model, args.steps, held)
                 if liger:
                     figures["planned_gib"] = None  # the plan is of transformers' own modules

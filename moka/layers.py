@@ -212,7 +212,7 @@ class MokaLinear(nn.Module):
             return self._base_forward(x)
         if self.rows is not None:
             return self.rows.forward(self, x)
-        base = self.base_layer
+        base: Any = self.base_layer
         dtype = bases.compute_dtype(base, x)
         inputs = x if dtype == x.dtype else x.to(dtype)
         directed = magnitude.directed(self, names)

@@ -112,8 +112,8 @@ class Rows:
     def forward(self, layer: MokaLinear, x: Tensor) -> Tensor:
         """A layer's y for x `[batch, ..., K]`, each row through the base and its own adapter.
 
-        In one operator where `stack` can; else on a GPU in one product for each adapter, as a copy of the base
-        with the adapter in it costs little; else the adapters' shares are added to the base's y.
+        In one operator where `stack` can; else on a GPU in one product for each adapter, as a copy of the
+        base with the adapter in it costs little; else the adapters' shares are added to the base's y.
         """
         base: Any = layer.base_layer
         inputs = x.to(bases.compute_dtype(base, x))
