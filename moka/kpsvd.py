@@ -94,7 +94,8 @@ def nearest(matrix: Tensor, s: KronShape, k: int) -> Terms:
 def _krylov(R: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of R within the span of `R X, (R R^T) R X, ...` for a random X of this width."""
     generator = torch.Generator().manual_seed(seed)
-    block = R @ torch.randn(R.shape[1], width, generator=generator).to(R)
+    # on the CPU, whatever the default device: the same numbers everywhere
+    block = R @ torch.randn(R.shape[1], width, generator=generator, device="cpu").to(R)
     blocks = []
     for _ in range(PASSES):
         block = torch.linalg.qr(block).Q

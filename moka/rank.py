@@ -105,13 +105,14 @@ def prune(
     if keep is not None and (type(keep) is not int or keep < len(adapter.layers)):
         raise ConfigError(f"keep: got {keep!r}, expected an integer of at least {len(adapter.layers)} layers")
     ranked = _ranked(adapter, scores)
-    values = torch.tensor([score for _, _, score in ranked], dtype=torch.float64)
+    values = torch.tensor([score for _, _, score in ranked], dtype=torch.float64, device="cpu")
     if energy is not None:
         held = values.square().cumsum(0)
         keep = int((held < energy * held[-1]).sum()) + 1
     elif elbow:
         curve = values.sort(descending=True).values
-        below = torch.linspace(curve[0].item(), curve[-1].item(), len(curve), dtype=torch.float64) - curve
+        line = torch.linspace(0.0, 1.0, len(curve), dtype=torch.float64, device="cpu")
+        below = torch.lerp(curve[0], curve[-1], line) - curve
         bend = int(below.argmax()) if below.max() > 1e-9 * curve[0] else len(curve)
         keep = len(adapter.layers) + int((values[len(adapter.layers) :] >= curve[bend - 1]).sum())
     kept = _first(adapter, ranked, keep)
@@ -182,7 +183,7 @@ def reallocate(
     ranked = _ranked(adapter, scores)
     kept = _first(adapter, ranked, round(budget * (1 - share)))
     total = {path: sum(s for p, i, s in ranked if p == path and i in kept[path]) for path in kept}
-    weights = torch.tensor(list(total.values()), dtype=torch.float64)
+    weights = torch.tensor(list(total.values()), dtype=torch.float64, device="cpu")
     weights = weights if weights.any() else torch.ones_like(weights)
     free = budget - sum(map(len, kept.values()))
     # rounding the running total gives each layer its share, and all of them together what is free

@@ -103,4 +103,4 @@ def routing_loss(model: nn.Module) -> Tensor:
             losses.append(r * (share * weights.mean(0)).sum())
     if not losses:
         raise StateError("no layer has a routed gate that ran in training mode; train with gate='routed'")
-    return torch.stack(losses).mean()
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()

@@ -73,7 +73,7 @@ def start(
         raise StateError(f"adapter {adapter_name!r} does not exist; call moka.inject first")
     for path, layer in layers.items():
         _check(path, layer, adapter_name)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers wherever the model is
     before = {
         y: (y.moka_A[adapter_name].detach().clone(), y.moka_B[adapter_name].detach().clone())
         for y in layers.values()
@@ -105,7 +105,7 @@ def _gradient(
     sides = {}
     for layer in layers.values():
         sides[layer] = [
-            (torch.empty(0), torch.randn(s.mb * s.nb, len(at), generator=generator))
+            (torch.empty(0), torch.randn(s.mb * s.nb, len(at), generator=generator, device="cpu"))
             for s, at in _groups(layer, name)
         ]
     for _ in range(passes):
@@ -153,7 +153,7 @@ def _activation(
         for s, at in _groups(layer, name):
             values, vectors = torch.linalg.eigh(moments[layer, s.na].cpu())
             root = vectors * values.clamp(min=0).sqrt() @ vectors.mT
-            random = torch.randn(len(at), s.ma, s.na, generator=generator) @ root
+            random = torch.randn(len(at), s.ma, s.na, generator=generator, device="cpu") @ root
             blocks[layer].append((random / random.flatten(1).norm(dim=1)[:, None, None]).flatten(1).mT)
     return blocks
 

@@ -1,5 +1,6 @@
 """The published siblings: every preset through the same injection, kernels, files, merging and peft."""
 
+import copy
 import dataclasses
 import json
 
@@ -8,13 +9,16 @@ import peft
 import pytest
 import torch
 from tiny import tiny_model
-from torch import nn
+from torch import Tensor, nn
 
 import moka
+from helpers import assert_close_by_rule, roundings
 from moka.errors import CheckpointMismatchError, ConfigError, MokaError, StateError
 from moka.inject import adapter_layers
 from moka.integrations.peft import MokaConfig as PeftMokaConfig
+from moka.layers import MokaLinear
 from moka.presets import PRESETS
+from moka.reference import kron_dense
 from moka.rules import plan_shapes
 
 N, K = 32, 48
@@ -65,22 +69,78 @@ def test_a_new_adapter_changes_nothing_and_every_parameter_can_learn(name):
 
 
 @ALL
+def test_the_dense_update_is_the_sum_of_its_components(name):
+    model = adapted(name)
+    randomize(model)
+    layer = adapter_layers(model)["0"]
+    terms = zip(layer.alpha("default").detach(), layer.factors("default"), strict=True)
+    expected = sum(a.double() * torch.kron(A, B).double() for a, (A, B) in terms)
+    delta = layer.delta_weight("default").detach().double()
+    torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-6)
+
+
+def in_dtype(layer: MokaLinear, dtype: torch.dtype) -> MokaLinear:
+    """A layer whose adapter has this dtype, gates included."""
+    for table in layer.tables():
+        for key, parameter in table.items():
+            table[key] = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+    return layer
+
+
+def results(layer: MokaLinear, x: Tensor, dy: Tensor, forward=None) -> dict[str, Tensor]:
+    """The output, and the gradients of the input and of all that is trained."""
+    x = x.detach().requires_grad_()
+    y = (forward or layer)(x)
+    trained = {n: p for n, p in layer.named_parameters() if p.requires_grad and p.numel()}
+    gradients = torch.autograd.grad(y, (x, *trained.values()), dy)
+    return {"y": y.detach(), "x": gradients[0], **dict(zip(trained, gradients[1:], strict=True))}
+
+
+def plain(layer: MokaLinear, x: Tensor, dy: Tensor, dtype: torch.dtype, device) -> dict[str, Tensor]:
+    """`results` of the formula with the dense update, in PyTorch."""
+    wide = torch.promote_types(dtype, torch.float32)
+    layer = in_dtype(copy.deepcopy(layer).to(device), wide)
+    W, bias = (p.detach().to(dtype) for p in (layer.base_layer.weight, layer.base_layer.bias))
+
+    def forward(x: Tensor) -> Tensor:
+        A, B, alpha, shapes = layer.mixture(["default"])
+        return nn.functional.linear(
+            x, W + kron_dense(A.to(dtype), B.to(dtype), alpha.to(dtype), shapes), bias
+        )
+
+    return results(layer, x.to(device, dtype), dy.to(device, dtype), forward)
+
+
+@ALL
 @pytest.mark.parametrize("path", ["auto", "merged", "factored"])
-def test_output_is_that_of_the_dense_update(name, path):
+def test_values_and_gradients(name, path, device):
     model = adapted(name, path=path)
     randomize(model)
     layer = adapter_layers(model)["0"]
-    x = torch.randn(300, K)
-    delta = layer.delta_weight("default").detach().double()
-    expected = x.double() @ (layer.base_layer.weight.double() + delta).T + layer.base_layer.bias.double()
-    expected = expected.detach()
-    torch.testing.assert_close(
-        layer(x).double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
-    )
-    terms = zip(layer.alpha("default").detach(), layer.factors("default"), strict=True)
-    torch.testing.assert_close(
-        delta, sum(a.double() * torch.kron(A, B).double() for a, (A, B) in terms), rtol=1e-5, atol=1e-6
-    )
+    for tokens in (5, 300):
+        x, dy = torch.randn(tokens, K), torch.randn(tokens, N)
+        exact = plain(layer, x, dy, torch.float64, "cpu")
+        for part, got in results(layer, x, dy).items():
+            assert got.device.type == device.type
+            reduces = part not in "yx"
+            assert_close_by_rule(got.cpu(), exact[part], None, torch.float32, reduces_tokens=reduces)
+
+
+@ALL
+def test_values_and_gradients_in_16_bits(name, device):
+    model = adapted(name, torch.bfloat16)
+    randomize(model)
+    layer = adapter_layers(model)["0"]
+    x, dy = torch.randn(40, K).bfloat16(), torch.randn(40, N).bfloat16()
+    exact = plain(layer, x, dy, torch.float64, "cpu")
+    eager = plain(layer, x, dy, torch.bfloat16, device)
+    # a mixture of low rank, which runs in plain PyTorch on a CPU, is rounded there as often as on a GPU
+    count = 3 if layer.forms["default"].low_rank else roundings(x, "auto")
+    for part, got in results(layer, x, dy).items():
+        to_16_bits = int(part not in "yx")  # gradients of parameters are in fp32
+        assert_close_by_rule(
+            got.bfloat16().cpu(), exact[part], eager[part].cpu(), torch.bfloat16, count + to_16_bits
+        )
 
 
 @ALL
@@ -88,9 +148,7 @@ def test_gradients_through_the_layer(name):
     model = adapted(name, torch.float64)
     layer = adapter_layers(model)["0"]
     randomize(model)
-    for table in (layer.moka_A, layer.moka_B, layer.moka_gate):
-        for key, parameter in table.items():
-            table[key] = nn.Parameter(parameter.detach().double(), requires_grad=parameter.requires_grad)
+    in_dtype(layer, torch.float64)
     names = [n for n, p in layer.named_parameters() if p.requires_grad and p.numel()]
     x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
 
@@ -102,7 +160,7 @@ def test_gradients_through_the_layer(name):
 
 
 @ALL
-def test_files_merging_and_removal(name, tmp_path):
+def test_files_merging_and_removal(name, tmp_path, device):
     model = tiny_model()
     moka.inject(model, config(name, target_modules=["q_proj", "v_proj"]))
     randomize(model)
@@ -123,6 +181,21 @@ def test_files_merging_and_removal(name, tmp_path):
     bytes_before = (tmp_path / "adapter_model.safetensors").read_bytes()
     moka.save_adapter(moka.load_adapter(tiny_model(), tmp_path), tmp_path / "again")
     assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == bytes_before
+
+
+@ALL
+def test_nothing_depends_on_the_default_device(name, tmp_path):
+    x, base = torch.randn(5, K), nn.Sequential(nn.Linear(K, N))
+    again = copy.deepcopy(base)
+    with torch.device("meta"):  # what is made there by mistake has no values
+        model = moka.inject(base, config(name, target_modules=["0"]))
+        randomize(model)
+        y = model(x)
+        y.sum().backward()
+        moka.save_adapter(model, tmp_path)
+        moka.load_adapter(again, tmp_path)
+        moka.merge(again)
+    torch.testing.assert_close(again(x), y.detach(), rtol=1e-4, atol=1e-4)
 
 
 @ALL
@@ -217,7 +290,7 @@ def test_qa_moka_merges_exactly_into_zero_points_of_int4():
     torch.testing.assert_close(merged, weight + delta, rtol=1e-5, atol=1e-5)
 
 
-def test_nested_training_uses_prefixes_and_evaluation_all():
+def test_nested_training_uses_prefixes_and_evaluation_all(device):
     model = adapted("moka", nested=True)
     layer = adapter_layers(model)["0"]
     randomize(model)
@@ -234,7 +307,7 @@ def test_nested_training_uses_prefixes_and_evaluation_all():
         assert min((output - torch.tensor(other)).abs().max() for other in outputs) < 1e-5
 
 
-def test_routed_gates_weigh_each_token():
+def test_routed_gates_weigh_each_token(device):
     model = adapted("moka", gate="routed")
     layer = adapter_layers(model)["0"]
     randomize(model)
@@ -255,7 +328,7 @@ def balance(weights: torch.Tensor) -> torch.Tensor:
     return r * sum((top == i).float().mean() * weights[:, i].mean() for i in range(r))
 
 
-def test_gates():
+def test_gates(device):
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
 
     def alpha(gate: str, **fields) -> torch.Tensor:
@@ -273,7 +346,7 @@ def test_gates():
     assert config("moka", scale="sqrt").scale_for(16) == 4.0
 
 
-def test_a_gate_matrix_mixes_all_pairs():
+def test_a_gate_matrix_mixes_all_pairs(device):
     layer = adapter_layers(adapted("moka-xs"))["0"]
     M = torch.randn(3, 3)
     with torch.no_grad():
@@ -344,7 +417,7 @@ def test_a_file_with_untied_factors_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_magnitude(base, tmp_path):
+def test_magnitude(base, tmp_path, device):
     def build() -> nn.Module:
         model = tiny_model()
         return moka.quantize(model) if base == "nf4" else model
@@ -406,7 +479,7 @@ def test_magnitude(base, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_a_residual_start_splits_the_weight(base):
+def test_a_residual_start_splits_the_weight(base, device):
     def build() -> nn.Module:
         model = tiny_model()
         return moka.quantize(model) if base == "nf4" else model

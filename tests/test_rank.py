@@ -103,7 +103,7 @@ def reloaded(model, folder):
 
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 @torch.no_grad()
-def test_prune_keeps_the_values_of_the_largest(fields, tmp_path):
+def test_prune_keeps_the_values_of_the_largest(fields, tmp_path, device):
     model = adapted(**fields)
     before = all_parts(model)
     norms = {path: part.flatten(1).norm(dim=1) for path, part in before.items()}
@@ -127,11 +127,12 @@ def test_prune_keeps_the_values_of_the_largest(fields, tmp_path):
     config = model.moka_config["default"]
     assert config.gate == fields.get("gate", "softmax") and config.scale == fields.get("scale")
     again = reloaded(model, tmp_path)
-    assert torch.equal(again(X), model(X))
+    x = X.to(device)
+    assert torch.equal(again(x), model(x))
     assert again.moka_config["default"] == config
-    logits = model(X)
+    logits = model(x)
     merged = moka.eject(moka.merge(again, into=torch.float32))
-    assert relative_error(merged(X), logits) < 1e-4
+    assert relative_error(merged(x), logits) < 1e-4
 
 
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
@@ -224,6 +225,24 @@ def test_sensitivity_is_the_change_of_the_loss():
     moka.prune(model, keep=8, scores=found)
     with pytest.raises(StateError, match="has no gradients; call backward"):
         moka.importance(adapted(), sensitivity=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: moka.prune(model, energy=0.9),
+        lambda model: moka.prune(model, elbow=True),
+        lambda model: moka.grow(model, 8),
+        lambda model: moka.reallocate(model, 13),
+        lambda model: moka.truncate(model, 2),
+    ],
+)
+def test_nothing_depends_on_the_default_device(change):
+    model, same = adapted(), adapted()
+    with torch.device("meta"):  # what is made there by mistake has no values
+        counts = change(model)
+    assert counts == change(same)
+    torch.testing.assert_close(model(X), same(X))
 
 
 @torch.no_grad()

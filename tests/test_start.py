@@ -20,7 +20,7 @@ def rearranged(W: torch.Tensor, s: KronShape) -> torch.Tensor:
 
 @pytest.mark.parametrize("k", [1, 4, 10])
 @pytest.mark.parametrize("sizes", [(32, 32, 32, 32), (48, 24, 32, 24), (24, 36, 24, 16)])
-def test_energy_is_that_of_eckart_and_young(sizes, k):
+def test_energy_is_that_of_eckart_and_young(sizes, k, device):
     torch.manual_seed(0)
     s = KronShape(*sizes)
     W = torch.randn(s.ma * s.mb, s.na * s.nb)
@@ -39,7 +39,7 @@ def test_terms_beyond_the_rank_are_zero():
     assert A.shape == (5, 2, 1) and B.shape == (5, 2, 6) and (sigma[2:] == 0).all() and not A[2:].any()
 
 
-def test_a_fit_of_several_shapes_beats_the_greedy_one():
+def test_a_fit_of_several_shapes_beats_the_greedy_one(device):
     torch.manual_seed(0)
     W = torch.randn(24, 36)
     shapes = [KronShape(4, 6, 6, 6), KronShape(6, 4, 4, 9), KronShape(4, 6, 6, 6)]
@@ -54,11 +54,14 @@ def test_a_fit_of_several_shapes_beats_the_greedy_one():
 
 
 SHAPES = [(4, 8, 16, 8), (8, 8, 8, 8), (4, 8, 16, 8)]
-IDS = torch.arange(48).view(2, 24)
+
+
+def token_ids() -> torch.Tensor:
+    return torch.arange(48).view(2, 24)
 
 
 def batches(n: int = 2) -> list[dict]:
-    return [{"input_ids": IDS + 7 * i, "labels": IDS + 7 * i} for i in range(n)]
+    return [{"input_ids": token_ids() + 7 * i, "labels": token_ids() + 7 * i} for i in range(n)]
 
 
 def injected(**fields) -> nn.Module:
@@ -72,14 +75,14 @@ def weight_gradient(path: str) -> torch.Tensor:
     return model.get_parameter(f"{path}.weight").grad.double()
 
 
-def test_gradient_start_is_the_kronecker_svd_of_the_gradient():
+def test_gradient_start_is_the_kronecker_svd_of_the_gradient(device):
     model = injected(gate="linear")
     with torch.no_grad():
         for layer in adapter_layers(model).values():
             layer.moka_gate["default"].copy_(torch.tensor([0.2, 0.5, -0.4]))  # must not matter
-    before = model(IDS).logits
+    before = model(token_ids()).logits
     moka.start(model, "gradient", batches(), passes=8)
-    torch.testing.assert_close(model(IDS).logits, before)
+    torch.testing.assert_close(model(token_ids()).logits, before)
     for path, layer in adapter_layers(model).items():
         G = weight_gradient(path)
         factors = layer.factors("default")
@@ -111,7 +114,7 @@ def test_the_first_step_after_a_gradient_start_is_longer():
     assert lengths[1] > 1.3 * lengths[0]
 
 
-def test_activation_start_follows_the_inputs():
+def test_activation_start_follows_the_inputs(device):
     model = injected()
     moka.start(model, "activation", batches())
     layer = next(iter(adapter_layers(model).values()))
@@ -129,13 +132,27 @@ def test_activation_start_follows_the_inputs():
     assert not layer.moka_B["default"].any()
 
 
-def test_a_start_is_deterministic_and_takes_a_function():
+def test_a_start_is_deterministic_and_takes_a_function(device):
     first, second = injected(), injected()
     moka.start(first, "gradient", batches())
     moka.start(second, "gradient", lambda: sum(second(**batch).loss for batch in batches()))
     for a, b in zip(adapter_layers(first).values(), adapter_layers(second).values(), strict=True):
         torch.testing.assert_close(a.moka_A["default"], b.moka_A["default"], rtol=1e-3, atol=1e-4)
         assert a.moka_A["default"].requires_grad and a.moka_A["default"].grad is None
+
+
+@pytest.mark.parametrize("method", ["gradient", "activation"])
+def test_a_start_does_not_depend_on_the_default_device(method):
+    first, second, given = injected(), injected(), batches()
+    moka.start(first, method, given)
+    W = torch.randn(256, 256)
+    expected = kpsvd(W, 16, 16, 16, 16, 1)
+    with torch.device("meta"):  # what is made there by mistake has no values
+        moka.start(second, method, given)
+        found = kpsvd(W, 16, 16, 16, 16, 1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(adapter_layers(first).values(), adapter_layers(second).values(), strict=True):
+        assert torch.equal(a.moka_A["default"], b.moka_A["default"])
 
 
 def test_what_is_refused_changes_nothing():
@@ -150,7 +167,7 @@ def test_what_is_refused_changes_nothing():
         with pytest.raises(error, match=match):
             moka.start(model, *arguments)
     with pytest.raises(NonFiniteError, match="NaN"):
-        moka.start(model, "gradient", lambda: model(IDS, labels=IDS).loss * torch.nan)
+        moka.start(model, "gradient", lambda: model(**batches(1)[0]).loss * torch.nan)
     assert torch.equal(layer.moka_A["default"], before) and not layer.moka_B["default"].any()
     with torch.no_grad():
         layer.moka_B["default"].fill_(1.0)
