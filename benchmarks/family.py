@@ -1,7 +1,8 @@
-"""Starts, learning rates and pruning, by training the embedded model (or another) for a few dozen steps.
+"""Starts, learning rates, pruning and small files: the embedded model (or another) after a few dozen steps.
 
     python benchmarks/family.py starts DATA FOLDER [--steps 60] [--seeds 3]
     python benchmarks/family.py rates DATA FOLDER [--steps 30]
+    python benchmarks/family.py quantized DATA FOLDER [--steps 60] [--seeds 1]
     python benchmarks/family.py layers - FOLDER [--sizes 4096x4096] [--tokens 512]
 
 DATA is a .jsonl[.gz] file. The loss of a model is that on rows of the training set, the same in all runs.
@@ -11,6 +12,8 @@ starts  every method of starting, for each seed with the same data in the same o
         without the components that hold 1 % of the energy (family_prune.csv)
 rates   mixtures of 1, 4 and 16 components of one shape, scale="sqrt" and None, over learning rates
         (family_rates.csv)
+quantized  the zero start's adapter saved in fp32, int8 and int4 and loaded again: bytes of the file, relative
+        error of the layers' updates, loss (family_quantized.csv)
 layers  a training step (forward and backward) of one bitsandbytes NF4 layer: frozen, under peft's LoRA of
         rank 8, and under presets of moka, in turns (family_layers.csv)
 """
@@ -19,6 +22,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -31,6 +36,7 @@ from timing import measure
 from torch import Tensor
 
 import moka
+from moka.checkpoint import WEIGHTS
 from moka.data import Collator, TextDataset, read_jsonl
 from moka.loading import load_model
 
@@ -143,6 +149,27 @@ def rates(task: Task, options: argparse.Namespace) -> None:
                 )  # fmt: skip
 
 
+def quantized(task: Task, options: argparse.Namespace) -> None:
+    table = Table(options.folder / "family_quantized.csv", facts("transformers"))
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        probe, model = task.probe(), task.adapted(seed, r=10)
+        losses, steps = train(model, task.batches(seed)[: options.steps], probe, options.lr)
+        size = loss = None
+        for scheme in (None, "int8", "int4"):
+            with tempfile.TemporaryDirectory() as folder:
+                errors = moka.save_adapter(model, folder, quantize=scheme).values()
+                loaded = moka.load_adapter(copy.deepcopy(task.base), folder)
+                own_size, own_loss = os.path.getsize(Path(folder, WEIGHTS)), evaluate(loaded, probe)
+            size, loss = size or own_size, loss or own_loss  # fp32 comes first
+            table.add(
+                factors=scheme or "fp32", seed=seed, lr=options.lr, steps=steps[-1], bytes=own_size,
+                share_of_fp32=round(own_size / size, 4),
+                mean_error=f"{sum(errors) / max(len(errors), 1):.2e}",
+                max_error=f"{max(errors, default=0.0):.2e}", base_loss=round(losses[0], 6),
+                loss=round(own_loss, 6), change=f"{own_loss / loss - 1:.2e}",
+            )  # fmt: skip
+
+
 def layers(options: argparse.Namespace) -> None:
     import bitsandbytes
     import peft
@@ -192,7 +219,7 @@ def _step(model: torch.nn.Module, x: Tensor, grad: Tensor, call: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["starts", "rates", "layers"])
+    parser.add_argument("what", choices=["starts", "rates", "quantized", "layers"])
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="embedded")
@@ -213,7 +240,7 @@ def main() -> None:
     if options.what == "layers":
         layers(options)
         return
-    {"starts": starts, "rates": rates}[options.what](Task(options), options)
+    {"starts": starts, "rates": rates, "quantized": quantized}[options.what](Task(options), options)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,28 @@ def prune() -> str:
     return markdown(header, ([row[field] for field in fields] for row in rows)) + machine(rows)
 
 
+def quantized() -> str:
+    """A way of storing the factors per line: the file, the error of the updates, the loss."""
+    rows = read("family_quantized.csv")
+    lines = [
+        [
+            row["factors"],
+            f"{int(row['bytes']):,}",
+            row["share_of_fp32"],
+            *(number(row[name]) for name in ("mean_error", "max_error")),
+            row["loss"],
+            f"{100 * float(row['change']):+.2f} %",
+        ]
+        for row in rows
+    ]
+    header = ["factors", "bytes", "of fp32's", "error, mean of layers", "largest", "loss", "change"]
+    return markdown(header, lines) + machine(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "family-starts": starts,
     "family-rates": rates,
     "family-prune": prune,
     "family-layers": layers,
+    "family-quantized": quantized,
 }

@@ -21,7 +21,14 @@ from .targets import Target, find_modules_to_save, walk
 from .trained_copy import TrainedCopy
 
 PREFIX = "base_model.model."  # as in peft's files
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 #: What an existing adapter must share with a file; the other fields may change between training runs.
 SHAPING = (
     "r",
@@ -71,7 +78,8 @@ def expected_tensors(model: nn.Module, config: MokaConfig, targets: list[Target]
 
 def layer_paths(names: Iterable[str]) -> list[str]:
     """The paths of the layers whose factors have these names in a file, in order."""
-    paths = (name.rpartition(".")[0].removeprefix(PREFIX) for name in names if name.endswith(FACTORS))
+    parts = (name.rpartition(".") for name in names)
+    paths = (path.removeprefix(PREFIX) for path, _, last in parts if f".{last}".startswith(FACTORS))
     return list(dict.fromkeys(paths))
 
 

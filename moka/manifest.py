@@ -2,7 +2,7 @@
 
     {"config": {...}, "base": {...}, "shapes": [[component, ...], ...], "layers": {path: index into shapes},
      "checksums": [one per tensor, in the order of their names], "adapter_config": checksum of that file,
-     "digest": of all that}
+     "quantize": "int8" or "int4", in no other file, "digest": of all that}
 
 It comes from an untrusted file, so nothing in it is run, imported or matched as a regular expression.
 """
@@ -33,6 +33,10 @@ PEFT_FIELDS = (
     "revision",
     "inference_mode",
 )
+#: How factors may be stored besides in floating point (`moka/packed.py`); another way gets another name.
+SCHEMES = ("int8", "int4")
+#: The `format_version` in `adapter_config.json` then, which readers of floating-point tensors alone refuse.
+PACKED_VERSION = 2
 LITERAL = re.compile(r"[\w.-]+")  # matches itself alone, and costs nothing to match
 
 
@@ -46,6 +50,7 @@ class Manifest:
         shapes: path of each adapted layer -> its components.
         checksums: one per tensor, in the order of their names.
         adapter_config: checksum of the `adapter_config.json` that was written with it.
+        quantize: one of `SCHEMES`, or None for factors in floating point.
     """
 
     config: MokaConfig
@@ -53,6 +58,7 @@ class Manifest:
     shapes: dict[str, tuple[KronShape, ...]]
     checksums: tuple[str, ...]
     adapter_config: str
+    quantize: str | None = None
 
     def to_text(self) -> str:
         """The manifest as JSON; equal manifests give equal text."""
@@ -64,6 +70,7 @@ class Manifest:
             "layers": {path: kinds.index(shapes) for path, shapes in self.shapes.items()},
             "checksums": self.checksums,
             "adapter_config": self.adapter_config,
+            **({"quantize": self.quantize} if self.quantize else {}),
         }
         return _dumps({**body, "digest": _digest(body)})
 
@@ -78,10 +85,15 @@ class Manifest:
         """
         body = strict_json(text, where)
         expected = {"config", "base", "shapes", "layers", "checksums", "adapter_config", "digest"}
-        if not isinstance(body, dict) or body.keys() != expected:
+        if not isinstance(body, dict) or body.keys() - {"quantize"} != expected:
             raise CheckpointFormatError(f"{where}: the manifest must have the fields {sorted(expected)}")
         if body.pop("digest") != _digest(body):
             raise CheckpointFormatError(f"{where}: the manifest is corrupt, its digest does not match")
+        if "quantize" in body and body["quantize"] not in SCHEMES:
+            raise ConfigError(
+                f"{where}: the factors are stored as {str(body['quantize'])[:40]!r}, this moka reads "
+                f"{SCHEMES}; install a newer moka"
+            )
         base, kinds, layers = body["base"], body["shapes"], body["layers"]
         checksums, adapter_config = body["checksums"], body["adapter_config"]
         if (
@@ -97,18 +109,20 @@ class Manifest:
         ):
             raise CheckpointFormatError(f"{where}: the manifest has a field of the wrong type")
         shapes = {path: tuple(KronShape(*shape) for shape in kinds[index]) for path, index in layers.items()}
-        return cls(_read_config(body["config"], where), base, shapes, tuple(checksums), adapter_config)
+        config = _read_config(body["config"], where)
+        return cls(config, base, shapes, tuple(checksums), adapter_config, body.get("quantize"))
 
 
-def adapter_config_text(config: MokaConfig, base: Mapping[str, str]) -> str:
+def adapter_config_text(config: MokaConfig, base: Mapping[str, str], quantize: str | None = None) -> str:
     """The text of `adapter_config.json`, with the fields that peft and model hubs look for."""
+    packed = {"format_version": PACKED_VERSION, "quantize": quantize} if quantize else {}
     hub = {
         "peft_type": "MOKA",
         "task_type": base["task_type"] or None,
         "base_model_name_or_path": base["name_or_path"],
         "inference_mode": True,
     }
-    return json.dumps({**hub, **config.to_dict()}, indent=2) + "\n"
+    return json.dumps({**hub, **config.to_dict(), **packed}, indent=2) + "\n"
 
 
 def portable(config: MokaConfig, paths: list[str]) -> MokaConfig:

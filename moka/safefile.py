@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +27,9 @@ MAX_HEADER_BYTES = MAX_TENSORS * HEADER_BYTES_PER_TENSOR  # 1 MiB
 MAX_DEPTH = 8
 MAX_DIGITS = 19  # an int64
 MAX_DIMS = 4
-#: Bytes per entry; an adapter holds floating-point tensors alone.
+#: Bytes per entry; an adapter holds floating-point tensors alone, unless its factors are in 8 or 4 bits.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+PACKED_BYTES = {**DTYPE_BYTES, "I8": 1, "U8": 1}
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -131,13 +132,19 @@ def _require_regular(status: os.stat_result, path: Path) -> None:
         raise UnsafeFileError(f"{path}: expected a regular file, got {stat.filemode(status.st_mode)}")
 
 
-def read_header(descriptor: int, where: str, max_tensors: int = MAX_TENSORS) -> Header:
+def read_header(
+    descriptor: int,
+    where: str,
+    max_tensors: int = MAX_TENSORS,
+    dtypes: Mapping[str, int] = DTYPE_BYTES,
+) -> Header:
     """Reads and checks the header of an open safetensors file; the tensor data are not touched.
 
     Args:
         descriptor: of `open_untrusted`.
         where: the path, for messages.
         max_tensors: the most tensors accepted; the header may have `HEADER_BYTES_PER_TENSOR` bytes for each.
+        dtypes: those accepted, with the bytes of an entry.
 
     Raises:
         CheckpointFormatError: naming the path and what is wrong.
@@ -165,7 +172,7 @@ def read_header(descriptor: int, where: str, max_tensors: int = MAX_TENSORS) -> 
     if len(entries) > max_tensors:
         raise fail(f"{len(entries)} tensors, expected at most {max_tensors}")
 
-    tensors = {name: _tensor_entry(name, entry, fail) for name, entry in entries.items()}
+    tensors = {name: _tensor_entry(name, entry, dtypes, fail) for name, entry in entries.items()}
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].start):
         if entry.start != position:
@@ -176,17 +183,17 @@ def read_header(descriptor: int, where: str, max_tensors: int = MAX_TENSORS) -> 
     return Header(tensors, metadata, raw)
 
 
-def _tensor_entry(name: str, entry: Any, fail: Any) -> TensorEntry:
+def _tensor_entry(name: str, entry: Any, dtypes: Mapping[str, int], fail: Any) -> TensorEntry:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise fail(f"tensor {name!r}: expected the fields dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise fail(f"tensor {name!r}: dtype {str(dtype)[:40]!r}, expected one of {sorted(DTYPE_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise fail(f"tensor {name!r}: dtype {str(dtype)[:40]!r}, expected one of {sorted(dtypes)}")
     if not _is_size_list(shape) or len(shape) > MAX_DIMS or 0 in shape:
         raise fail(f"tensor {name!r}: shape {str(shape)[:80]}, expected at most {MAX_DIMS} positive sizes")
     if not _is_size_list(offsets) or len(offsets) != 2:
         raise fail(f"tensor {name!r}: data_offsets {str(offsets)[:80]}, expected two positions")
-    nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    nbytes = math.prod(shape) * dtypes[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise fail(f"tensor {name!r}: {nbytes} bytes by its shape, {offsets[1] - offsets[0]} by its offsets")
     return TensorEntry(dtype, tuple(shape), *offsets)

@@ -11,7 +11,7 @@ from peft.utils import PeftType
 from ...config import FORMAT_VERSION, PARTS
 from ...config import MokaConfig as CoreConfig
 from ...errors import ConfigError
-from ...manifest import FIELDS, from_peft
+from ...manifest import FIELDS, PACKED_VERSION, from_peft
 
 
 class _MokaType(str):
@@ -86,6 +86,11 @@ class MokaConfig(PeftConfig):
         """Takes LoRA's names and validates every field."""
         super().__post_init__()
         self.peft_type = MOKA
+        if self.format_version == PACKED_VERSION:
+            raise ConfigError(
+                "this adapter is stored in int8 or int4, which moka.load_adapter alone reads; write it anew "
+                "for peft: moka convert --adapter FOLDER --to float --output NEW"
+            )
         for name, default, lora_name, value in (
             ("scale", None, "lora_alpha", lora_alpha),
             ("dropout", 0.0, "lora_dropout", lora_dropout),
