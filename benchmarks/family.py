@@ -2,7 +2,7 @@
 
     python benchmarks/family.py starts DATA FOLDER [--steps 60] [--seeds 3]
     python benchmarks/family.py rates DATA FOLDER [--steps 30]
-    python benchmarks/family.py quantized DATA FOLDER [--steps 60] [--seeds 1]
+    python benchmarks/family.py quantized DATA FOLDER [--steps 60] [--seeds 3]
     python benchmarks/family.py layers - FOLDER [--sizes 4096x4096] [--tokens 512]
 
 DATA is a .jsonl[.gz] file. The loss of a model is that on rows of the training set, the same in all runs.

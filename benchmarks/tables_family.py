@@ -66,20 +66,23 @@ def prune() -> str:
 
 
 def quantized() -> str:
-    """A way of storing the factors per line: the file, the error of the updates, the loss."""
+    """A way of storing the factors per line: the file, the error of the updates, the loss of each seed."""
     rows = read("family_quantized.csv")
-    lines = [
-        [
-            row["factors"],
-            f"{int(row['bytes']):,}",
-            row["share_of_fp32"],
-            *(number(row[name]) for name in ("mean_error", "max_error")),
-            row["loss"],
-            f"{100 * float(row['change']):+.2f} %",
-        ]
-        for row in rows
-    ]
-    header = ["factors", "bytes", "of fp32's", "error, mean of layers", "largest", "loss", "change"]
+    lines = []
+    for factors in dict.fromkeys(row["factors"] for row in rows):
+        own = [row for row in rows if row["factors"] == factors]
+        mean = sum(float(row["mean_error"]) for row in own) / len(own)
+        lines.append(
+            [
+                factors,
+                f"{int(own[0]['bytes']):,}",
+                number(own[0]["share_of_fp32"]),
+                *(f"{100 * error:.2g} %" for error in (mean, max(float(row["max_error"]) for row in own))),
+                ", ".join(f"{float(row['loss']):.4f}" for row in own),
+                ", ".join(f"{100 * float(row['change']):+.2f} %" for row in own),
+            ]
+        )
+    header = ["factors", "bytes", "of fp32's", "error, mean of layers", "largest", "loss, a seed each", "change"]
     return markdown(header, lines) + machine(rows)
 
 
