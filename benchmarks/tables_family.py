@@ -82,7 +82,7 @@ def quantized() -> str:
                 ", ".join(f"{100 * float(row['change']):+.2f} %" for row in own),
             ]
         )
-    header = ["factors", "bytes", "of fp32's", "error, mean of layers", "largest", "loss, a seed each", "change"]
+    header = ["factors", "bytes", "of fp32's", "error of the updates", "largest", "loss, each seed", "change"]
     return markdown(header, lines) + machine(rows)
 
 

@@ -279,6 +279,25 @@ def test_convert_writes_both_ways(folder, tmp_path):
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "int8" / WEIGHTS).read_bytes()
 
 
+def test_convert_stores_a_lora_in_few_bits(folder, tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": f"{folder}/model"}
+    torch.manual_seed(0)
+    path, size = "base_model.model.model.layers.0.self_attn.q_proj.lora_", (64, 64)
+    tensors = {f"{path}A.weight": torch.randn(2, size[1]), f"{path}B.weight": torch.randn(size[0], 2)}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, tmp_path / WEIGHTS)
+    options = "target_modules=[q_proj]", "layers_to_transform=[0]", "r=2", "shapes=[[64,1,1,64],[64,1,1,64]]"
+    result = convert("-a", tmp_path, "-o", tmp_path / "int8", "--to", "int8", *options)
+    assert result.exit_code == 0, result.output
+    assert "discarded energy" in result.stdout and result.stdout.count("relative error of the update") == 1
+    loaded = moka.load_adapter(moka.quantize(tiny_model()), tmp_path / "int8")
+    (layer,) = moka.adapter_layers(loaded).values()
+    update = tensors[f"{path}B.weight"] @ tensors[f"{path}A.weight"]
+    error = (moka.delta_weight(layer, "default") - update).norm() / update.norm()
+    printed = float(result.stdout.partition("of the update ")[2].split()[0])
+    assert 1e-3 < error < 0.03 and printed == pytest.approx(error.item(), rel=0.01)
+
+
 def test_convert_refuses_other_ways(folder, tmp_path):
     result = convert("-a", folder / "float", "-o", tmp_path / "x", "--to", "fp8")
     assert result.exit_code == 2 and not (tmp_path / "x").exists()
