@@ -45,7 +45,13 @@ PROBE = 8  # rows for the loss
 EVERY = 10  # steps between two measurements
 Batches = list[dict[str, Tensor]]
 #: For the steps of one layer: Kron-LoRA's claim is a quarter of the parameters of a LoRA of rank 8.
-PRESETS = {"lora": {"r": 8}, "kron-lora": {}, "lokr": {}, "moka": {"r": 10}}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # presets and their settings
+    "lora": ("lora", {"r": 8}),
+    "kron-lora": ("kron-lora", {}),
+    "kron-lora, size=64": ("kron-lora", {"size": 64}),
+    "lokr": ("lokr", {}),
+    "moka": ("moka", {"r": 10}),
+}
 
 
 class Task:
@@ -188,8 +194,8 @@ def layers(options: argparse.Namespace) -> None:
         models = {"frozen": base}
         lora = peft.LoraConfig(target_modules=["0"], r=8)
         models["peft LoRA r=8"] = _cast(peft.get_peft_model(copy.deepcopy(base), lora), dtype)
-        for name, fields in PRESETS.items():
-            own = moka.preset(name, target_modules=["0"], **fields)
+        for name, (preset, fields) in VARIANTS.items():
+            own = moka.preset(preset, target_modules=["0"], **fields)
             models[f"moka {name}"] = moka.inject(copy.deepcopy(base), own)
         x = torch.randn(options.tokens, K, device=device, dtype=dtype, requires_grad=True)
         grad = torch.randn(options.tokens, N, device=device, dtype=dtype)
