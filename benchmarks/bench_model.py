@@ -58,6 +58,7 @@ def dense(layers: int) -> Any:
 
 def bitsandbytes(model: Any) -> Any:
     """The model with its linear layers, but for the output's, in bitsandbytes' NF4."""
+    model.is_loaded_in_4bit = True  # as transformers says it, for peft to choose its classes
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or path == "lm_head":
             continue

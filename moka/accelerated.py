@@ -52,6 +52,10 @@ class FusedLora(Substitute):
         return functional.nf4_lora(x, weight, bias, *update, dtype)
 
 
+#: Which of them peft takes depends on whether the model says that it is loaded in 4 bits.
+LORA_CLASSES = (("peft.tuners.lora.bnb", "Linear4bit"), ("peft.tuners.lora.layer", "Linear"))
+
+
 class Update(NamedTuple):
     """A [r, K], B [N, r] and their scale."""
 
@@ -60,10 +64,10 @@ class Update(NamedTuple):
     scale: float
 
 
-def lora_class(module: nn.Module) -> type[nn.Module] | None:
-    """peft's LoRA class for `Linear4bit` if a module is one; peft is not imported to find out."""
+def lora_class(module: Any) -> type[nn.Module] | None:
+    """peft's LoRA class if a module is one on a `Linear4bit`; peft is not imported to find out."""
     for kind in type(module).__mro__:
-        if kind.__name__ == "Linear4bit" and kind.__module__ == "peft.tuners.lora.bnb":
+        if (kind.__module__, kind.__name__) in LORA_CLASSES and bases.is_linear4bit(module.base_layer):
             return kind
     return None
 

@@ -76,58 +76,35 @@ class Rows:
             )
         return [name for name in self.assignment for _ in range(batch // len(self.assignment))]
 
-    def stack(self, layer: MokaLinear, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Shapes] | None:
-        """A layer's adapters side by side, for the one operator that takes them all.
-
-        Args:
-            layer: one of the model's.
-            x: `[batch, ..., K]`, as the operator gets it.
-
-        Returns:
-            A `[adapters, entries]`, B, alpha `[adapters, r]`, the adapter's number for each token `[tokens]`
-            int32 (-1 for none), shapes; None where the operator would not be faster: with gradients, on a
-            CPU, in 32 bits, for many tokens, or when the adapters differ in shape.
-        """
-        names = tuple(name for name in self.names if name in layer.configs)
-        tokens = x.numel() // x.shape[-1]
-        few = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and 0 < tokens <= FEW_TOKENS
-        if torch.is_grad_enabled() or not few or len({layer.shapes[name] for name in names}) != 1:
-            return None
-        tables = layer.tables()
-        versions = [table[name]._version for table in tables for name in names if name in table]
-        found, stacked = self._stacks.get(layer, (None, None))
-        if stacked is None or found != versions:
-            parts = zip(*(layer.mixture([name])[:3] for name in names), strict=True)
-            stacked = tuple(torch.stack(part) for part in parts)
-            self._stacks[layer] = versions, stacked  # pyright: ignore[reportArgumentType]
-        batch = x.shape[0]
-        key = names, batch, tokens, x.device
-        if key not in self._numbers:
-            numbers = {name: i for i, name in enumerate(names)}
-            rows = torch.tensor([numbers.get(n, -1) for n in self._of_batch(batch)], dtype=torch.int32)
-            self._numbers[key] = rows.repeat_interleave(tokens // batch).to(x.device)
-        A, B, alpha = stacked
-        return A, B, alpha, self._numbers[key], layer.shapes[names[0]]
-
     def forward(self, layer: MokaLinear, x: Tensor) -> Tensor:
         """A layer's y for x `[batch, ..., K]`, each row through the base and its own adapter.
 
-        In one operator where `stack` can; else on a GPU in one product for each adapter, as a copy of the
-        base with the adapter in it costs little; else the adapters' shares are added to the base's y.
+        Few tokens take one operator, for equal shapes and without gradients. Else a GPU computes one product
+        for each adapter, as a copy of the base with the adapter in it costs little there; elsewhere the
+        adapters' shares are added to the base's y.
         """
         base: Any = layer.base_layer
         inputs = x.to(bases.compute_dtype(base, x))
-        if len(base_args := bases.op_args(base)) > 1 and (stacked := self.stack(layer, inputs)) is not None:
-            return functional.nf4_linear_rows(inputs, base_args, base.bias, *stacked).to(x.dtype)
         names = [name for name in self.names if name in layer.configs]
+        stacked, tokens = self._stack(layer, names), x.numel() // x.shape[-1]
+        if stacked is not None:
+            A, B, alpha, shapes = stacked
+            base_args, sixteen = bases.op_args(base), inputs.dtype in (torch.float16, torch.bfloat16)
+            if x.is_cuda and sixteen and 0 < tokens <= FEW_TOKENS and len(base_args) > 1:
+                numbers = self._numbers_of(names, x)
+                y = functional.nf4_linear_rows(inputs, base_args, base.bias, A, B, alpha, numbers, shapes)
+                return y.to(x.dtype)
+            mixtures = {name: (A[i], B[i], alpha[i], shapes) for i, name in enumerate(names)}
+        else:
+            mixtures = {name: layer.mixture([name], gate_dropout=layer.training) for name in names}
         dropout = {name: layer.configs[name].dropout if layer.training else 0.0 for name in names}
-        mixtures = {name: layer.mixture([name], gate_dropout=layer.training) for name in names}
         if x.is_cuda and not any(dropout.values()):
             flat = {name: (*factors, flatten_shapes(shapes)) for name, (*factors, shapes) in mixtures.items()}
 
             def one(name: str, part: Tensor) -> Tensor:
-                path = layer.configs[name].path if name in flat else "auto"
-                return layer.product(part, flat.get(name, functional.NO_MIXTURE), path)
+                if name not in flat:
+                    return base(part)
+                return layer.product(part, flat[name], layer.configs[name].path)
 
             return layer.result(self.each(inputs, one), x)
         indices = self.indices(x)
@@ -137,3 +114,29 @@ class Rows:
                 inputs = inputs.index_copy(0, index, nn.functional.dropout(inputs[index], p))
         own = [indices[name] for name in names]
         return functional.add_kron_mixtures(base(x), inputs, own, list(mixtures.values()))
+
+    def _stack(self, layer: MokaLinear, names: list[str]) -> tuple[Tensor, Tensor, Tensor, Shapes] | None:
+        """A layer's adapters side by side: A `[adapters, entries]`, B, alpha `[adapters, r]`, shapes.
+
+        None with gradients, in training and for adapters of different shapes.
+        """
+        if torch.is_grad_enabled() or layer.training or len({layer.shapes[name] for name in names}) != 1:
+            return None
+        versions = [table[name]._version for table in layer.tables() for name in names if name in table]
+        found, stacked = self._stacks.get(layer, (None, None))
+        if stacked is None or found != versions:
+            parts = zip(*(layer.mixture([name])[:3] for name in names), strict=True)
+            stacked = tuple(torch.stack(part) for part in parts)
+            self._stacks[layer] = versions, stacked  # pyright: ignore[reportArgumentType]
+        A, B, alpha = stacked
+        return A, B, alpha, layer.shapes[names[0]]
+
+    def _numbers_of(self, names: list[str], x: Tensor) -> Tensor:
+        """Which of the names each token of x has, `[tokens]` int32; -1 for none of them."""
+        batch, tokens = x.shape[0], x.numel() // x.shape[-1]
+        key = tuple(names), batch, tokens, x.device
+        if key not in self._numbers:
+            numbers = {name: i for i, name in enumerate(names)}
+            rows = torch.tensor([numbers.get(n, -1) for n in self._of_batch(batch)], dtype=torch.int32)
+            self._numbers[key] = rows.repeat_interleave(tokens // batch).to(x.device)
+        return self._numbers[key]

@@ -196,6 +196,7 @@ def test_autocast(kind, device):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracer
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, on first use
 @pytest.mark.parametrize(
     "kind, path", [("none", "factored"), ("dense", "merged"), ("nf4", "merged"), ("nf4", "auto")]
 )

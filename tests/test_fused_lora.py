@@ -30,15 +30,18 @@ pytestmark = [
 ]
 
 
-def lora_block(compute="fp32", adapter="fp32", r=4, names=("default",), device=None, **options):
-    """`Linear4bit` (with a bias) under peft's LoRA, random values in both factors; not accelerated."""
+def lora_block(compute="fp32", adapter="fp32", r=4, names=("default",), device=None, marked=True, **options):
+    """`Linear4bit` (with a bias) under peft's LoRA, random values in both factors; not accelerated.
+
+    marked: the model says that it is loaded in 4 bits, as those of transformers do; peft asks it.
+    """
     block = nn.Sequential(make_layer(DTYPES[compute], device=device))
-    block.is_loaded_in_4bit = True  # as transformers says it, for peft to choose its class
+    block.is_loaded_in_4bit = marked
     for name in names:
         config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], **options)
         peft.inject_adapter_in_model(config, block, adapter_name=name)
     block[0].set_adapter(names[0])
-    assert type(block[0]) is peft.tuners.lora.bnb.Linear4bit
+    assert type(block[0]) is (peft.tuners.lora.bnb.Linear4bit if marked else peft.tuners.lora.Linear)
     for name, parameter in block.named_parameters():
         if "lora_" in name and "magnitude" not in name:
             nn.init.normal_(parameter, std=0.1)
@@ -87,9 +90,12 @@ def fused_calls(monkeypatch):
         ("fp32", "fp32", "bf16", True),
     ],
 )
-@pytest.mark.parametrize(("r", "tokens"), [(1, 40), (5, 21), (16, 3), (3, 300), (16, 300)])
-def test_values_and_gradients(given, compute, adapter, autocast, r, tokens, device, fused_calls):
-    block = lora_block(compute, adapter, r)
+@pytest.mark.parametrize(
+    ("r", "tokens", "marked"),
+    [(1, 40, True), (5, 21, False), (16, 3, True), (3, 300, True), (16, 300, False)],
+)
+def test_values_and_gradients(given, compute, adapter, autocast, r, tokens, marked, device, fused_calls):
+    block = lora_block(compute, adapter, r, marked=marked)
     block[0].base_layer.bias.requires_grad_()  # as by LoraConfig(bias="all")
     x, dy = torch.randn(2, tokens, K).to(DTYPES[given]), torch.randn(2, tokens, N).to(DTYPES[given])
     plain = run(block, x, dy, autocast)
@@ -174,6 +180,7 @@ def own_forward(layer):
 
 CASES = {  # name: (the block, what is done to it after accelerate, whether it is one operation then)
     "plain": (lora_block, lambda m: None, True),
+    "not marked as 4-bit": (lambda: lora_block(marked=False), lambda m: None, True),
     "rslora": (lambda: lora_block(use_rslora=True), lambda m: None, True),
     "scaled": (lora_block, lambda m: m.scale_layer(3.0), True),
     "dropout in training": (lambda: lora_block(lora_dropout=0.5), lambda m: m.train(), False),

@@ -46,10 +46,11 @@ inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const Mixt
   if (few && tokens <= 16) return LinearKernel::kDecode;
   // up to 512 tokens, and 128 of a small weight, whose dense copy is quickly made
   if (gemm && !mixed && tokens <= (w.N * w.K < 1 << 23 ? 128 : 512)) return LinearKernel::kGemmSm90;
-  // merging one mixture into a dense weight pays later; a mixture per row can't be merged
   if (!few || tokens > kMaxDecodeTokens) return LinearKernel::kBuild;
-  if (gemm) return LinearKernel::kGemmSm90;
-  return !mixed || mix.adapter || tokens <= 32 ? LinearKernel::kDecode : LinearKernel::kBuild;
+  // beyond 32 tokens merging one mixture into a small dense weight is as fast; a mixture per row can't be merged
+  const bool apart = !mixed || mix.adapter || tokens <= 32;
+  if (gemm && (apart || w.N * w.K > 1 << 24)) return LinearKernel::kGemmSm90;
+  return apart ? LinearKernel::kDecode : LinearKernel::kBuild;
 }
 
 // A low-rank update joins the dense copy that many tokens go through, rather than y in another pass over it.
@@ -63,11 +64,11 @@ inline bool merges_lora(int64_t tokens, const Nf4Params& w, const at::Tensor& A,
 // (a low-rank update); else from G = dY^T X. `plan` is filled for kFactoredSm90. The first two round their
 // intermediates to x's dtype, which fp16's range forbids.
 inline GradKernel choose_grad(int64_t tokens, const KronParams& mixture, at::ScalarType dtype, GradPlan* plan) {
+  if (tokens < 64 || dtype == at::kHalf) return GradKernel::kContract;
   const auto* device = at::cuda::getCurrentDeviceProperties();
-  if (device->major == 9 && dtype == at::kBFloat16 && tokens >= 64 &&
-      plan_grad(mixture, device->multiProcessorCount, plan))
+  if (device->major == 9 && dtype == at::kBFloat16 && plan_grad(mixture, device->multiProcessorCount, plan))
     return GradKernel::kFactoredSm90;
-  bool outer = dtype != at::kHalf && tokens > 0;
+  bool outer = true;
   for (int64_t i = 0; i < mixture.r; ++i) {
     const KronComponent& c = mixture.components[i];
     outer = outer && c.na == 1 && c.mb == 1 && c.identity == Identity::kNone && c.a_offset == i * mixture.N &&
