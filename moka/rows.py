@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 FEW_TOKENS = 64  # as many as the kernel for a mixture per row takes (csrc/kernels/decode_cuda.h)
 
 
+def copies_cost_little(x: Tensor) -> bool:
+    """Whether making a copy of a base with an adapter in it takes a small part of the time of a product."""
+    return x.is_cuda
+
+
 class Rows:
     """Which row of a batch goes through which adapter.
 
@@ -98,7 +103,7 @@ class Rows:
         else:
             mixtures = {name: layer.mixture([name], gate_dropout=layer.training) for name in names}
         dropout = {name: layer.configs[name].dropout if layer.training else 0.0 for name in names}
-        if x.is_cuda and not any(dropout.values()):
+        if copies_cost_little(x) and not any(dropout.values()):
             flat = {name: (*factors, flatten_shapes(shapes)) for name, (*factors, shapes) in mixtures.items()}
 
             def one(name: str, part: Tensor) -> Tensor:

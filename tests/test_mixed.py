@@ -271,23 +271,26 @@ def test_few_tokens_take_one_operator(gate):
     assert len(calls) == 2
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("kind", ["linear", "nf4"])
-def test_many_tokens_take_one_product_for_each_adapter(kind):
-    """In the dtypes and with the gradients of the CPU's way, where the base's y comes first."""
+def test_one_product_for_each_adapter(kind, device):
+    """As on a GPU; the values and gradients are those of the other way, where the base's y comes first."""
     x, dy = torch.randn(5, 40, K), torch.randn(5, 40, N)
     results = []
-    for device in ("cpu", "cuda"):
-        model = make(kind).to(device)
-        inputs = x.detach().clone().to(device).requires_grad_()
+    for copies in (False, True):
+        model = make(kind)
+        for table in model["x"].tables():
+            for parameter in table.values():
+                parameter.requires_grad_()
+        inputs, calls = x.clone().requires_grad_(), []
+        product = model["x"].product
         with pytest.MonkeyPatch.context() as patch, moka.mixed_batch(model, ["b", "__base__", "a", "b", "a"]):
-            if device == "cuda":
-                patch.delattr(functional, "add_kron_mixtures")
+            patch.setattr("moka.rows.copies_cost_little", lambda x, copies=copies: copies)
+            patch.setattr(model["x"], "product", lambda *a, f=product, c=calls: c.append(1) or f(*a))
             y = model["x"](inputs)
-        y.backward(dy.to(device))
+        y.backward(dy)
+        assert len(calls) == (2 if copies else 0)
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         results.append({"y": y.detach(), "dx": inputs.grad} | grads)
-    cpu, cuda = results
-    assert list(cpu) == list(cuda) and len(cpu) == 8
-    for name, want in cpu.items():
-        assert_close_by_rule(cuda[name].cpu(), want.double(), None, torch.float32, reduces_tokens=True)
+    assert list(results[0]) == list(results[1]) and len(results[0]) == 8
+    for name, want in results[0].items():
+        assert_close_by_rule(results[1][name], want.double(), None, torch.float32, reduces_tokens=True)
