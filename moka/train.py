@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import resource
@@ -217,6 +218,9 @@ def training_arguments(config: RunConfig) -> Any:
     """The `transformers.TrainingArguments` of a run."""
     from transformers import TrainingArguments
 
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    # the older name warns where the newer one exists
+    checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
     return TrainingArguments(
         output_dir=config.output,
         per_device_train_batch_size=config.batch_size,
@@ -228,8 +232,6 @@ def training_arguments(config: RunConfig) -> Any:
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         seed=config.seed,
         use_cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not join on a CPU
         logging_steps=1,
@@ -240,6 +242,10 @@ def training_arguments(config: RunConfig) -> Any:
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
+        **{
+            checkpointing: config.gradient_checkpointing,
+            f"{checkpointing}_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+        },
     )
 
 

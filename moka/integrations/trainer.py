@@ -216,7 +216,9 @@ class MokaTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self._sharded or checkpoint is None:
+        # transformers 5.17 cannot load onto "cpu:0", as several processes on a CPU call it
+        several_on_cpu = self.args.device == torch.device("cpu", 0) and not self.is_deepspeed_enabled
+        if checkpoint is None or not (self._sharded or several_on_cpu):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state, schedule = (
