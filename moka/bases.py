@@ -70,24 +70,27 @@ class NF4Linear(nn.Module):
         tensors = packed, t["absmax"], t["absmax2"], t["code2"], t["offset"]
         return (*tensors, self.blocksize, self.blocksize2, self.out_features, self.in_features)
 
-    def hold_as_parameter(self) -> None:
-        """Makes `packed` a frozen parameter of the same name: FSDP2 splits those and leaves buffers whole."""
-        packed = self._buffers.pop("packed", None)
-        if packed is not None:
-            self.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
+    def hold_as_parameter(self, dtype: torch.dtype) -> None:
+        """Makes `packed` a frozen parameter of the same name and bytes: FSDP2 splits those and leaves buffers
+        whole. The operators take any dtype; bytes that do not fill one stay a buffer.
+        """
+        packed = self._buffers.get("packed")
+        if packed is not None and packed.nbytes % dtype.itemsize == 0:
+            del self._buffers["packed"]
+            self.register_parameter("packed", nn.Parameter(packed.view(dtype), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]` in x's dtype (the autocast dtype under autocast)."""
         return functional.linear(x, self.op_args(), self.bias, functional.NO_MIXTURE, "auto")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # model.to(bfloat16) must not round the quantization constants: they move, and keep their dtype
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        # model.to(bfloat16) must not round the quantization constants, nor packed bytes that are held as
+        # floats: they move, and keep their dtype
+        def apply(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if tensor is self.bias or new.dtype == tensor.dtype else tensor.to(new.device)
+
+        super()._apply(apply, recurse)
         return self
 
     def extra_repr(self) -> str:

@@ -19,12 +19,17 @@ import moka
 from helpers import LIMITS, errors
 from moka import safefile
 from moka.errors import ConfigError, StateError
-from moka.integrations.distributed import full_adapters
-from moka.integrations.preflight import check_distributed
+from moka.integrations import distributed
+from moka.integrations.distributed import STORAGE, full_adapters
+from moka.integrations.preflight import check_distributed, is_fsdp_module
 from moka.layout import full_tensor, is_sharded
 
 STEPS, ROWS, TOKENS = 4, 4, 16
 ADAPTER = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 3}  # 3 gates do not divide by 2
+BITSANDBYTES = pytest.param(
+    "bitsandbytes",
+    marks=pytest.mark.skipif(STORAGE.is_floating_point, reason="FSDP2 before torch 2.12"),
+)
 
 
 def device() -> str:
@@ -32,13 +37,17 @@ def device() -> str:
 
 
 def adapted(base: str = "nf4", seed: int = 1, **config) -> nn.Module:
-    """The tiny model on a 4-bit base with an adapter whose every tensor is random."""
+    """The tiny model on a 4-bit base with an adapter whose every tensor is random.
+
+    A base "..._bf16" has its packed bytes held as bf16 in FSDP2, as all have before torch 2.12.
+    """
+    kind, _, storage = base.partition("_")
     with torch.device("cpu"):
         model = tiny_model().train()
-        if base == "nf4":
+        if kind == "nf4":
             model = moka.quantize(model, double_quant=True)
-    if base == "bitsandbytes":
-        to_bitsandbytes(model)
+    if kind == "bitsandbytes":
+        to_bitsandbytes(model, torch.bfloat16 if storage else torch.uint8)
     model = moka.inject(model.to(device()), moka.MokaConfig(**{**ADAPTER, **config}))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,16 +56,24 @@ def adapted(base: str = "nf4", seed: int = 1, **config) -> nn.Module:
     return model
 
 
-def to_bitsandbytes(model: nn.Module) -> None:
+def shard(model: nn.Module, base: str, **options) -> nn.Module:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "STORAGE", torch.bfloat16 if base.endswith("_bf16") else STORAGE)
+        return moka.shard(model, **options)
+
+
+def to_bitsandbytes(model: nn.Module, storage: torch.dtype) -> None:
     import bitsandbytes as bnb
 
     for path, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and path != "lm_head":
             layer = bnb.nn.Linear4bit(
                 linear.in_features, linear.out_features, bias=False, quant_type="nf4",
-                compute_dtype=torch.float32, device="cpu",
+                compute_dtype=torch.float32, device="cpu", quant_storage=storage,
             )  # fmt: skip
-            layer.weight = bnb.nn.Params4bit(linear.weight.data, False, quant_type="nf4", module=layer)
+            layer.weight = bnb.nn.Params4bit(
+                linear.weight.data, False, quant_type="nf4", module=layer, quant_storage=storage
+            )
             model.set_submodule(path, layer.to(device()))
 
 
@@ -108,7 +125,7 @@ def train_both(kind: str, base: str, config: dict) -> None:
     if kind == "ddp":
         call = DistributedDataParallel(model)
     else:
-        call = moka.shard(model)
+        call = shard(model, base)
         assert all(is_sharded(p) for p in model.parameters())
     check_distributed(call)
     losses = torch.tensor(optimize(model, call, slice(dist.get_rank(), None, WORLD)), device=device())
@@ -121,18 +138,26 @@ def train_both(kind: str, base: str, config: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("base", ["nf4", BITSANDBYTES, "bitsandbytes_bf16"])
+def test_training_equals_one_process(processes, kind, base):
+    processes.run(train_both, kind, base, {})
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
     ("base", "config"),
     [
-        ("nf4", {}),
-        ("bitsandbytes", {}),
         ("nf4", {"r": 1, "shapes": "identity", "gate": "linear"}),  # one side has no entries
         ("none", {"modules_to_save": ["norm"]}),
     ],
-    ids=["nf4", "bitsandbytes", "identity", "dense"],
+    ids=["identity", "dense"],
 )
-def test_training_equals_one_process(processes, kind, base, config):
+def test_training_of_other_adapters_equals_one_process(processes, kind, base, config):
     processes.run(train_both, kind, base, config)
+
+
+def test_training_with_bytes_held_as_bf16_equals_one_process(processes):
+    processes.run(train_both, "fsdp", "nf4_bf16", {})
 
 
 def save_and_load(folder: Path, base: str) -> None:
@@ -140,7 +165,7 @@ def save_and_load(folder: Path, base: str) -> None:
     model = adapted(base)
     moka.save_adapter(model, folder / f"whole{rank}")
     expected = whole(model)
-    moka.shard(model)
+    shard(model, base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(safefile, "write_atomic", lambda *args: (written.append(args[0].name), write(*args)))
         moka.save_adapter(model, folder / "sharded")
@@ -149,25 +174,40 @@ def save_and_load(folder: Path, base: str) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (folder / "sharded" / name).read_bytes() == (folder / f"whole{rank}" / name).read_bytes()
 
-    for other in (adapted(base, seed=5), moka.shard(adapted(base, seed=6))):
+    for other in (adapted(base, seed=5), shard(adapted(base, seed=6), base)):
         moka.load_adapter(other, folder / "sharded")
         for name, tensor in whole(other).items():
             assert torch.equal(tensor, expected[name]), name
     optimize(other, other, slice(rank, None, WORLD))
 
 
-@pytest.mark.parametrize("base", ["nf4", "bitsandbytes", "none"])
+@pytest.mark.parametrize("base", ["nf4", "nf4_bf16", BITSANDBYTES, "bitsandbytes_bf16", "none"])
 def test_a_sharded_adapter_is_the_same_file(processes, tmp_path, base):
     processes.run(save_and_load, tmp_path, base)
 
 
-def base_is_split() -> None:
-    model = adapted()
+def base_is_split(base: str) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = adapted(base)
     layers = [m for m in model.modules() if isinstance(m, moka.layers.NF4Linear)]
-    sizes = [layer.packed.nbytes for layer in layers]
-    moka.shard(model)
-    for layer, size in zip(layers, sizes, strict=True):
-        assert layer.packed.to_local().nbytes == size // WORLD
+    for layer in layers:  # from 0x7f00 on, most NaNs of bf16 among them
+        entries = layer.packed.view(torch.int16)
+        entries.copy_(torch.arange(0x7F00, 0x7F00 + len(entries), dtype=torch.int32))
+    packed = [layer.packed.clone() for layer in layers]
+    shard(model, base, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    for layer, expected in zip(layers, packed, strict=True):
+        assert layer.packed.to_local().nbytes == expected.nbytes // WORLD
+        assert torch.equal(full_tensor(layer.packed).view(torch.uint8), expected)
+    for module in model.modules():
+        if is_fsdp_module(module):
+            module.unshard()
+    for layer, expected in zip(layers, packed, strict=True):
+        assert not is_sharded(layer.packed) and torch.equal(layer.packed.view(torch.uint8), expected)
+        assert torch.equal(layer.op_args()[0].view(torch.uint8), expected)
+    for module in model.modules():
+        if is_fsdp_module(module):
+            module.reshard()
     dense = moka.delta_weight(next(iter(moka.adapter_layers(adapted()).values())))
     layer = next(iter(moka.adapter_layers(model).values()))
     with full_adapters(model):
@@ -177,8 +217,9 @@ def base_is_split() -> None:
     assert is_sharded(layer.moka_A["default"]) and layer.moka_A["default"].requires_grad
 
 
-def test_the_4bit_base_is_split_and_adapters_can_be_looked_at(processes):
-    processes.run(base_is_split)
+@pytest.mark.parametrize("base", ["nf4", "nf4_bf16"])
+def test_the_4bit_base_is_split_and_adapters_can_be_looked_at(processes, base):
+    processes.run(base_is_split, base)
 
 
 def components_differ() -> None:
@@ -223,6 +264,23 @@ def refuse_two_dtypes() -> None:
     with pytest.raises(ConfigError, match=r"LlamaDecoderLayer trains torch\.bfloat16, torch\.float32"):
         moka.shard(model)
     assert not any(is_sharded(p) for p in model.parameters())
+
+
+def refuse_bytes_of_bitsandbytes() -> None:
+    model = adapted("bitsandbytes")
+    with pytest.raises(ConfigError, match=r"q_proj.* torch\.uint8; .*bnb_4bit_quant_storage=torch\.bfloat16"):
+        shard(model, "bitsandbytes_bf16")
+    assert not any(is_sharded(p) for p in model.parameters())
+
+
+def refuse_to_cast_bytes() -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    for base in ("nf4_bf16", "bitsandbytes_bf16"):
+        model = adapted(base)
+        with pytest.raises(ConfigError, match=r"param_dtype: got torch\.float16, expected .*bfloat16"):
+            shard(model, base, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16))
+        assert not any(is_sharded(p) for p in model.parameters())
 
 
 def refuse_other_config() -> None:

@@ -258,13 +258,26 @@ def test_products_run_in_the_compute_dtype_of_a_4_bit_layer(device):
     assert "bitsandbytes (bfloat16)" in str(moka.summary(model))
 
 
-def test_casting_a_model_keeps_the_quantization_constants():
+@pytest.mark.parametrize("held", [None, torch.uint8, torch.bfloat16])
+def test_casting_a_model_keeps_the_bytes_and_the_quantization_constants(held):
     layer = NF4Linear.from_linear(nn.Linear(K, N), 64, double_quant=True)
+    x = torch.randn(20, K)
+    expected = layer(x)
+    if held is not None:
+        layer.hold_as_parameter(held)
+        assert layer.packed.dtype == held and torch.equal(layer(x), expected)
     before = digests(layer)
     cast = copy.deepcopy(layer).to(torch.bfloat16)
     assert cast.absmax2.dtype == torch.float32 and cast.bias.dtype == torch.bfloat16
     after = digests(cast)
     assert all(after[name] == digest for name, digest in before.items() if name != "bias")
+    assert layer.to(torch.float64).packed.dtype == (held or torch.uint8)
+
+
+def test_an_odd_number_of_bytes_stays_a_buffer():
+    layer = NF4Linear.from_linear(nn.Linear(6, 3))
+    layer.hold_as_parameter(torch.bfloat16)
+    assert "packed" in dict(layer.named_buffers()) and layer.packed.numel() == 9
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,11 @@ from ..bases import NF4Linear, is_linear4bit
 from ..errors import StateError
 from ..inject import adapter_layers
 from ..layout import full_tensor, part_of
-from .preflight import check_distributed, check_dtypes
+from .preflight import check_distributed, check_dtypes, check_mixed_precision, check_storage
+
+#: What FSDP2 splits the packed bytes of `NF4Linear` as. Before torch 2.12 it takes floating parameters alone
+#: (pytorch issue 177844); there the bytes are viewed as bf16, which is copied and never computed with.
+STORAGE = torch.uint8 if torch.__version__ >= "2.12" else torch.bfloat16
 
 
 def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
@@ -38,7 +42,8 @@ def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
         The same model.
 
     Raises:
-        ConfigError: see `check_distributed`; or a unit would hold trainable tensors of several dtypes.
+        ConfigError: see `check_distributed`; or a unit would hold trainable tensors of several dtypes; or
+            FSDP2 cannot hold the packed weights, or `mp_policy` would cast them.
         StateError: the model has no adapter, or there is no process group.
 
     Example:
@@ -53,23 +58,28 @@ def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
             "torch.distributed.init_process_group first"
         )
     check_distributed(model)
+    check_storage(model, STORAGE)
     blocks = _blocks(model)
     for unit in (*blocks, model):
         check_dtypes(unit, blocks)
-    prepare_base(model)
+    prepare_base(model, options.get("mp_policy"))
     for unit in (*blocks, model):
         fully_shard(unit, mesh=mesh, **options)  # pyright: ignore[reportCallIssue]
     return model
 
 
-def prepare_base(model: nn.Module) -> None:
+def prepare_base(model: nn.Module, mp_policy: Any) -> None:
     """Makes a model ready for `fully_shard`: packed weights become frozen parameters, which it splits (it
     leaves buffers whole), and all processes get the trainable tensors of the first. A side whose factors are
     all identities has no entries to train, and FSDP2 cannot reduce an empty gradient.
+
+    Raises:
+        ConfigError: `mp_policy` would cast the packed weights.
     """
+    check_mixed_precision(model, STORAGE, mp_policy)
     for module in model.modules():
         if isinstance(module, NF4Linear):
-            module.hold_as_parameter()
+            module.hold_as_parameter(STORAGE)
         elif is_linear4bit(module) and module.quant_state is None:
             # fully_shard replaces the weight, and with it the copy of the quantization state that it carries
             module.quant_state = module.weight.quant_state  # pyright: ignore

@@ -8,10 +8,11 @@ import socket
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..bases import NF4Linear
+from ..bases import NF4Linear, is_linear4bit
 from ..errors import ConfigError, StateError
 from ..inject import adapter_layers
 from ..layout import is_sharded
@@ -131,6 +132,44 @@ def check_dtypes(unit: nn.Module, blocks: list[nn.Module]) -> None:
             f"FSDP2 averages gradients of one dtype per unit, {type(unit).__name__} trains {_dtypes(trained)}"
             f"; use adapter_dtype='float32' (gates are float32), and modules_to_save of a model in float32"
         )
+
+
+def check_storage(model: nn.Module, storage: torch.dtype) -> None:
+    """FSDP2 must be able to hold the weights of bitsandbytes; `storage` is what moka's own are held as.
+
+    Raises:
+        ConfigError: it holds floating parameters alone, naming the layer and the way out.
+    """
+    layers: dict[str, Any] = {path: m for path, m in model.named_modules() if is_linear4bit(m)}
+    for path, layer in layers.items():
+        if storage.is_floating_point and not layer.weight.is_floating_point():
+            raise ConfigError(
+                f"{path}: FSDP2 of torch {torch.__version__} splits floating parameters alone, and the "
+                f"weight is stored as {layer.weight.dtype}; load the model with "
+                f"bnb_4bit_quant_storage=torch.bfloat16, or let moka quantize it"
+            )
+
+
+def check_mixed_precision(model: nn.Module, storage: torch.dtype, mp_policy: Any) -> None:
+    """FSDP2 casts floating parameters to `mp_policy.param_dtype`, which packed bytes do not survive.
+
+    Raises:
+        ConfigError: it would cast the weight of a 4-bit layer, named in the error.
+    """
+    param_dtype = getattr(mp_policy, "param_dtype", None)
+    held: dict[str, torch.dtype] = {}
+    for path, module in model.named_modules():
+        layer: Any = module
+        if isinstance(layer, NF4Linear):
+            held[path] = storage
+        elif is_linear4bit(layer):
+            held[path] = layer.weight.dtype
+    for path, dtype in held.items():
+        if dtype.is_floating_point and param_dtype not in (None, dtype):
+            raise ConfigError(
+                f"mp_policy.param_dtype: got {param_dtype}, expected None or {dtype}: {path} holds packed "
+                f"4-bit weights as {dtype}, which FSDP2 would convert as if they were numbers"
+            )
 
 
 def _compare(everyone: list[dict[str, Any]]) -> None:

@@ -191,7 +191,7 @@ class MokaTrainer(Trainer):
         shared = {name: getattr(self.args, name) for name in SHARED_ARGUMENTS}
         check_distributed(self.model, resume_from_checkpoint=resume_from_checkpoint, **shared)
         if self.is_fsdp_enabled:  # accelerate shards it
-            prepare_base(self.model)
+            prepare_base(self.model, self.accelerator.state.fsdp_plugin.mixed_precision_policy)
         with self._sigterm_stops():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
