@@ -94,6 +94,7 @@ def test_inductor():
 @pytest.mark.parametrize("base", BASES)
 def test_generation_with_a_static_cache(base):
     model = adapted(base).eval()
+    model.disable_input_require_grads()  # its hook breaks the graph in torch 2.11
     options = {"use_cache": True, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     want = model.generate(tokens(7), **options)
     static = options | {"cache_implementation": "static"}
