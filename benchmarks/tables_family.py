@@ -40,9 +40,9 @@ def rates() -> str:
     return markdown(header, lines) + machine(rows)
 
 
-def layers() -> str:
+def layers(name: str) -> str:
     """A variant per line: parameters, milliseconds of a step and ratio to peft's LoRA for each layer."""
-    rows = read("family_layers.csv")
+    rows = read(name)
     cases = list(dict.fromkeys((row["N"], row["K"]) for row in rows))
     header = [f"step, {rows[0]['M']} tokens"]
     for N, K in cases:

@@ -223,9 +223,31 @@ def linear(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: st
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     if len(base) > 1:
+        if path == "auto" and x.dtype != torch.float64 and is_low_rank(base, mixture[3]):
+            return nf4_lora(
+                x, base, None if bias is None else bias.to(x.dtype), *as_lora(mixture, x), 1.0, x.dtype
+            )
         return torch.ops.moka.nf4_linear.default(x, *base, bias, *mixture, False, path)
     if base and base[0].requires_grad:
         raise ConfigError(
             "weight: the base of an adapted layer gets no gradient; call weight.requires_grad_(False)"
         )
     return torch.ops.moka.dense_linear.default(x, *(base or (None,)), bias, *mixture, path)
+
+
+def is_low_rank(base: tuple, shapes: Sequence[int]) -> bool:
+    """Whether every component is a column times a row, `[N, 1] kron [1, K]`: a LoRA, which has its operation.
+
+    Args:
+        base: `NF4Weight.op_args()`.
+        shapes: flat, as of a mixture.
+    """
+    N, K = base[-2:]
+    return len(shapes) > 0 and tuple(shapes) == (N, 1, 1, K, 0) * (len(shapes) // 5)
+
+
+def as_lora(mixture: tuple, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A `[r, K]` and B `[N, r]` of x's dtype with B A = sum_i alpha_i A_i kron B_i, for such components."""
+    columns, rows, alpha, _ = mixture
+    r = len(alpha)
+    return rows.view(r, -1).to(x.dtype), (columns.view(r, -1) * alpha[:, None]).T.to(x.dtype)
