@@ -111,9 +111,9 @@ def mixed_table() -> str:
     return markdown(["layer (N x K), us", "tokens", *MIXED, "ratio"], lines) + machine(rows)
 
 
-def model_table() -> str:
+def model_table(*names: str) -> str:
     """A line per run: without Liger's kernels, then with them."""
-    rows = read("model.csv") + read("model_unsloth.csv", optional=True)
+    rows = [row for name in names for row in read(name)]
     figures = ("ms", "tokens_s", "peak_gib")
     runs: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
@@ -178,7 +178,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuda-dequantize": dequantize_table,
     "cuda-training": training_table,
     "cuda-mixed": mixed_table,
-    "cuda-model": model_table,
+    "cuda-model": lambda: model_table("model.csv", "model_unsloth.csv"),
+    "cuda-model-h200": lambda: model_table("model_h200.csv"),
     "cuda-profile": profile_table,
     "parity": parity_table,
 }

@@ -90,6 +90,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "family-starts": starts,
     "family-rates": rates,
     "family-prune": prune,
-    "family-layers": layers,
+    "family-layers": lambda: layers("family_layers.csv"),
+    "family-layers-gpu": lambda: layers("family_layers_gpu.csv"),
     "family-quantized": quantized,
 }
