@@ -2,16 +2,18 @@
 
     python benchmarks/family.py starts DATA FOLDER [--steps 60] [--seeds 3]
     python benchmarks/family.py rates DATA FOLDER [--steps 30]
+    python benchmarks/family.py prune DATA FOLDER [--steps 60] [--seeds 3]
     python benchmarks/family.py quantized DATA FOLDER [--steps 60] [--seeds 3]
     python benchmarks/family.py layers - FOLDER [--sizes 4096x4096] [--tokens 512]
 
 DATA is a .jsonl[.gz] file. The loss of a model is that on rows of the training set, the same in all runs.
 
 starts  every method of starting, for each seed with the same data in the same order: after how many steps the
-        loss is below the one that the zero start ends with (family_starts.csv); and the zero start's loss
-        without the components that hold 1 % of the energy (family_prune.csv)
+        loss is below the one that the zero start ends with (family_starts.csv)
 rates   mixtures of 1, 4 and 16 components of one shape, scale="sqrt" and None, over learning rates
         (family_rates.csv)
+prune   the zero start's loss without the components of least energy, or of least sensitivity (by gradients of
+        half the batches), that hold 1 % of the energy together (family_prune.csv)
 quantized  the zero start's adapter saved in fp32, int8 and int4 and loaded again: bytes of the file, relative
         error of the layers' updates, loss (family_quantized.csv)
 layers  a training step (forward and backward) of one bitsandbytes NF4 layer: frozen, under peft's LoRA of
@@ -111,7 +113,6 @@ def steps_to(losses: list[float], steps: list[int], goal: float) -> float | None
 
 def starts(task: Task, options: argparse.Namespace) -> None:
     table = Table(options.folder / "family_starts.csv", facts("transformers"))
-    pruned = Table(options.folder / "family_prune.csv", facts("transformers"))
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         batches, probe, goal = task.batches(seed)[: options.steps], task.probe(), None
         for method in options.methods:
@@ -130,15 +131,29 @@ def starts(task: Task, options: argparse.Namespace) -> None:
                 share=reached and round(reached / steps[-1], 3), start_seconds=round(spent, 1),
                 losses=" ".join(f"{loss:.4f}" for loss in losses),
             )  # fmt: skip
-            if method == options.methods[0]:
-                before = sum(len(y.shapes["default"]) for y in moka.adapter_layers(model).values())
-                after = sum(moka.prune(model, energy=0.99).values())
-                loss = evaluate(model, probe)
-                pruned.add(
-                    seed=seed, components=before, kept=after, energy=0.99, loss=round(losses[-1], 6),
-                    loss_pruned=round(loss, 6), change=f"{loss / losses[-1] - 1:.2e}",
-                )  # fmt: skip
             del model
+
+
+def prune(task: Task, options: argparse.Namespace) -> None:
+    table = Table(options.folder / "family_prune.csv", facts("transformers"))
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        batches, probe, model = task.batches(seed)[: options.steps], task.probe(), task.adapted(seed, r=10)
+        (*_, loss), _ = train(model, batches, probe, options.lr)
+        energy = {path: s.square() for path, s in moka.importance(model).items()}
+        for batch in batches[: options.steps // 2]:
+            model(**batch, use_cache=False).loss.backward()
+        for rule, scores in (("energy", energy), ("sensitivity", moka.importance(model, sensitivity=True))):
+            order = torch.cat(list(scores.values())).argsort()
+            held = torch.cat(list(energy.values()))[order].cumsum(0)
+            removed = int((held <= 0.01 * held[-1]).sum())
+            own = copy.deepcopy(model)
+            kept = sum(moka.prune(own, keep=len(order) - removed, scores=scores).values())
+            pruned = evaluate(own, probe)
+            table.add(
+                rule=rule, seed=seed, components=len(order), kept=kept,
+                energy_lost=f"{held[removed - 1] / held[-1]:.2e}", loss=round(loss, 6),
+                loss_pruned=round(pruned, 6), change=f"{pruned / loss - 1:.2e}",
+            )  # fmt: skip
 
 
 def rates(task: Task, options: argparse.Namespace) -> None:
@@ -225,7 +240,7 @@ def _step(model: torch.nn.Module, x: Tensor, grad: Tensor, call: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["starts", "rates", "quantized", "layers"])
+    parser.add_argument("what", choices=["starts", "rates", "prune", "quantized", "layers"])
     parser.add_argument("data", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="embedded")
@@ -246,7 +261,8 @@ def main() -> None:
     if options.what == "layers":
         layers(options)
         return
-    {"starts": starts, "rates": rates, "quantized": quantized}[options.what](Task(options), options)
+    runs = {"starts": starts, "rates": rates, "prune": prune, "quantized": quantized}
+    runs[options.what](Task(options), options)
 
 
 if __name__ == "__main__":
