@@ -3,6 +3,7 @@ gates that depend on the token."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from . import factors, functional
 from .factors import Run
-from .shapes import KronShape
+from .shapes import KronShape, split_flat
 
 
 class Form(NamedTuple):
@@ -21,12 +22,14 @@ class Form(NamedTuple):
         shapes: with all factors dense, as the operators take them.
         a, b: how to expand each side (`factors.expand`).
         low_rank: whether the components cost less unexpanded: all have one shape and a low-rank right factor.
+        macs: multiply-adds per token when activations run through the factors.
     """
 
     shapes: tuple[KronShape, ...]
     a: tuple[Run, ...] | None
     b: tuple[Run, ...] | None
     low_rank: bool
+    macs: int
 
     @property
     def dense(self) -> bool:
@@ -38,12 +41,12 @@ def form_of(shapes: Sequence[KronShape]) -> Form:
     """The form of a mixture of these components."""
     a, b = (factors.plan([shape.side(side) for shape in shapes]) for side in "AB")
     expanded = tuple(shape.expanded for shape in shapes)
-    low_rank = b is not None and len(b) == 1 and b[0].kind == "lowrank" and len(set(expanded)) == 1
-    if low_rank:
-        shape, rank = expanded[0], b[0].arguments[0][0]  # pyright: ignore[reportOptionalSubscript]
+    macs, unexpanded = sum(shape.macs for shape in expanded), math.inf
+    if b is not None and len(b) == 1 and b[0].kind == "lowrank" and len(set(expanded)) == 1:
+        shape, rank = expanded[0], b[0].arguments[0][0]
         mixing = 0 if shape.identity == 1 else shape.ma * shape.na
-        low_rank = rank * (shape.na * shape.nb + mixing + shape.ma * shape.mb) < shape.macs
-    return Form(expanded, a, b, low_rank)
+        unexpanded = len(shapes) * rank * (shape.na * shape.nb + mixing + shape.ma * shape.mb)
+    return Form(expanded, a, b, unexpanded < macs, int(min(unexpanded, macs)))
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, form: Form) -> Tensor:
@@ -74,10 +77,8 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, alpha: Tensor, form: Form) -> Tens
 def routed(x: Tensor, A: Tensor, B: Tensor, routing: Tensor, form: Form) -> Tensor:
     """`y = sum_i routing_i (A_i kron B_i) x`, where each token has its own weights `[..., r]`."""
     one = torch.ones(1, device=x.device)
-    a = A.split([shape.a_numel for shape in form.shapes])
-    b = B.split([shape.b_numel for shape in form.shapes])
     y = 0
-    for i, shape in enumerate(form.shapes):
-        own = functional.kron_mixture(x, a[i], b[i], one, [shape])
+    for i, (shape, factors_of) in enumerate(zip(form.shapes, split_flat(A, B, form.shapes), strict=True)):
+        own = functional.kron_mixture(x, *factors_of, one, [shape])
         y = y + own * routing[..., i : i + 1].to(own.dtype)
     return y  # pyright: ignore[reportReturnType]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .bases import NF4Linear, is_linear4bit
+from .branches import form_of
 from .config import MokaConfig
 from .errors import ConfigError
 from .gates import logit_shape
@@ -140,7 +141,7 @@ def plan(
         N * K for path, (N, K) in linears.items() if path in to_quantize or _is_nf4(model.get_submodule(path))
     ]
     base_parameters = count_parameters(model)
-    macs = sum(shape.macs for target in targets for shape in target.shapes)
+    macs = sum(form_of(target.shapes).macs for target in targets)
     base_flops = 2 * sum(N * K for N, K in linears.values())
     trained_bytes = factors * getattr(torch, config.adapter_dtype).itemsize + gates * 4
     memory = {

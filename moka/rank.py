@@ -34,7 +34,7 @@ from .inject import optimizers_of, refuse_wrapped, warn_about_optimizers
 from .layers import MokaLinear
 from .layout import is_sharded
 from .rules import plan_shapes
-from .shapes import KronShape, explicit_shapes
+from .shapes import KronShape, explicit_shapes, split_flat
 from .targets import find_targets
 
 Scores = Mapping[str, Tensor]
@@ -236,12 +236,6 @@ def _core(config: Any) -> MokaConfig:
     return config if isinstance(config, MokaConfig) else config.to_moka()
 
 
-def _split(layer: MokaLinear, name: str, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Flat factors, or what has their sizes, by component; an identity has no entries."""
-    shapes = layer.shapes[name]
-    return list(zip(A.split([s.a_numel for s in shapes]), B.split([s.b_numel for s in shapes]), strict=True))
-
-
 @torch.no_grad()
 def _sensitivity(path: str, layer: MokaLinear, name: str) -> Tensor:
     """`s dL/ds = <A_i, dL/dA_i> = <B_i, dL/dB_i>`, as the update is linear in each factor."""
@@ -249,7 +243,7 @@ def _sensitivity(path: str, layer: MokaLinear, name: str) -> Tensor:
     if any(parameter.grad is None for parameter in parameters):
         raise StateError(f"{path}: adapter {name!r} has no gradients; call backward first")
     A, B = (parameter.double() * parameter.grad for parameter in parameters)
-    products = _split(layer, name, A, B)
+    products = split_flat(A, B, layer.shapes[name])
     return torch.stack([(a if len(a) else b).sum().abs() for a, b in products])
 
 
@@ -365,7 +359,7 @@ def _changed(
     change = torch.where(now == alpha, 1.0, alpha / now)
     if not change.isfinite().all():
         raise StateError(f"gate {config.gate!r} of {name!r}: got {now.tolist()}, expected {alpha.tolist()}")
-    parts = _split(layer, name, layer.moka_A[name], layer.moka_B[name])
+    parts = split_flat(layer.moka_A[name], layer.moka_B[name], layer.shapes[name])
     kept_parts = zip((parts[i] for i in kept), change, strict=True)
     pieces = [(A, B * c) if len(B) else (A * c, B) for (A, B), c in kept_parts]
     sizes = sum(s.a_numel for s in new), sum(s.b_numel for s in new)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shapes import KronShape
+from .shapes import KronShape, split_flat
 
 # fmt: off
 #: The 16 NF4 values: quantiles of N(0, 1) scaled to [-1, 1] (QLoRA, appendix E), as fp32 literals of
@@ -28,15 +28,11 @@ NF4_CODE = (
 
 def split_factors(A: Tensor, B: Tensor, shapes: Sequence[Sequence[Any]]) -> list[tuple[Tensor, Tensor]]:
     """The factors `(A_i [ma, na], B_i [mb, nb])`, views of flat `A` and `B`; identities are made explicit."""
-    factors, a, b = [], 0, 0
-    for shape in (KronShape(*s) for s in shapes):
-        A_i = torch.eye(shape.ma, dtype=A.dtype, device=A.device)
-        B_i = torch.eye(shape.mb, dtype=B.dtype, device=B.device)
-        if shape.identity != 1:
-            A_i = A.flatten()[a : a + shape.a_numel].view(shape.ma, shape.na)
-        if shape.identity != 2:
-            B_i = B.flatten()[b : b + shape.b_numel].view(shape.mb, shape.nb)
-        a, b = a + shape.a_numel, b + shape.b_numel
+    components = [KronShape(*shape) for shape in shapes]
+    factors = []
+    for s, (a, b) in zip(components, split_flat(A.flatten(), B.flatten(), components), strict=True):
+        A_i = torch.eye(s.ma, dtype=A.dtype, device=A.device) if s.identity == 1 else a.view(s.ma, s.na)
+        B_i = torch.eye(s.mb, dtype=B.dtype, device=B.device) if s.identity == 2 else b.view(s.mb, s.nb)
         factors.append((A_i, B_i))
     return factors
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from . import factors
 from .errors import ConfigError
 
@@ -68,6 +70,11 @@ class KronShape(NamedTuple):
         right = f"I{self.mb}" if self.identity == 2 else f"{self.mb}x{self.nb}"
         kinds = [f" {kind}" if kind != "dense" else "" for kind in (self.a, self.b)]
         return f"{left}{kinds[0]}*{right}{kinds[1]}"
+
+
+def split_flat(A: Tensor, B: Tensor, shapes: Sequence[KronShape]) -> list[tuple[Tensor, Tensor]]:
+    """Flat factors, or what has their sizes, by component; an identity has no entries."""
+    return list(zip(A.split([s.a_numel for s in shapes]), B.split([s.b_numel for s in shapes]), strict=True))
 
 
 def flatten_shapes(shapes: Sequence[Sequence[Any]]) -> list[int]:

@@ -31,11 +31,7 @@ def flops(name: str, N: int, K: int) -> int:
     """Operations per token when activations run through the factors, 2 per multiply-add."""
     config = moka.preset(name)
     shapes = plan_shapes(N, K, config.r, config.shapes_for(""))
-    form = form_of(shapes)
-    if form.low_rank and form.b:
-        s, rank = shapes[0], form.b[0].parts[0][1]
-        return 2 * len(shapes) * rank * (s.na * s.nb + s.ma * s.na + s.ma * s.mb)
-    return 2 * sum(shape.expanded.macs for shape in shapes)
+    return 2 * form_of(shapes).macs
 
 
 def table() -> str:
