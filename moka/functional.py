@@ -223,7 +223,9 @@ def linear(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: st
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     if len(base) > 1:
-        if path == "auto" and x.dtype != torch.float64 and is_low_rank(base, mixture[3]):
+        # gradients of the factors, sums over all tokens, leave the range of fp16
+        as_low_rank = path == "auto" and x.dtype in (torch.float32, torch.bfloat16)
+        if as_low_rank and is_low_rank(base, mixture[3]):
             return nf4_lora(
                 x, base, None if bias is None else bias.to(x.dtype), *as_lora(mixture, x), 1.0, x.dtype
             )

@@ -388,3 +388,18 @@ def test_columns_times_rows_are_a_lora(shapes, path, low_rank, device, monkeypat
     y = x @ (w.dequantize(torch.float64) + kron_dense(*mixture, shapes)).T + bias
     for actual, want in zip(got, (y, *torch.autograd.grad(y, exact, m.dy.double())), strict=True):
         assert_close_by_rule(actual, want, None, torch.float32, reduces_tokens=True)
+
+
+@pytest.mark.parametrize("path", F.PATHS)
+def test_gradients_beyond_the_range_of_fp16(path, device):
+    """Those of columns times rows too: sums over tokens that the factors' fp32 holds, but fp16 does not."""
+    w, shapes, tokens = base_weight("nf4"), [(N, 1, 1, K)] * 2, 512
+    m = Mixture(shapes, tokens, torch.float16)
+    x, dy = m.x.abs() + 1, 200 * (m.dy.abs() + 1)
+    leaves = [t.float().requires_grad_() for t in m.params]
+    got = torch.autograd.grad(F.moka_linear(x, w, None, *leaves, shapes, path), leaves, dy)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    y = x.double() @ (w.dequantize(torch.float64) + kron_dense(*exact, shapes)).T
+    for actual, want in zip(got, torch.autograd.grad(y, exact, dy.double()), strict=True):
+        assert want.abs().max() > torch.finfo(torch.float16).max
+        assert_close_by_rule(actual, want, None, torch.float32, reduces_tokens=True)
