@@ -86,9 +86,12 @@ class NF4Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # model.to(bfloat16) must not round the quantization constants, nor packed bytes that are held as
         # floats: they move, and keep their dtype
+        held = [self.packed, *self.buffers(recurse=False)]
+
         def apply(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            return new if tensor is self.bias or new.dtype == tensor.dtype else tensor.to(new.device)
+            cast = new.dtype != tensor.dtype and any(tensor is kept for kept in held)
+            return tensor.to(new.device) if cast else new
 
         super()._apply(apply, recurse)
         return self

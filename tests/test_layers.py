@@ -267,8 +267,11 @@ def test_casting_a_model_keeps_the_bytes_and_the_quantization_constants(held):
         layer.hold_as_parameter(held)
         assert layer.packed.dtype == held and torch.equal(layer(x), expected)
     before = digests(layer)
-    cast = copy.deepcopy(layer).to(torch.bfloat16)
-    assert cast.absmax2.dtype == torch.float32 and cast.bias.dtype == torch.bfloat16
+    cast = copy.deepcopy(layer)
+    cast.bias.requires_grad_().grad = torch.ones(N)
+    cast.to(torch.bfloat16)
+    assert cast.absmax2.dtype == torch.float32
+    assert cast.bias.dtype == cast.bias.grad.dtype == torch.bfloat16
     after = digests(cast)
     assert all(after[name] == digest for name, digest in before.items() if name != "bias")
     assert layer.to(torch.float64).packed.dtype == (held or torch.uint8)
