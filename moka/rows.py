@@ -127,12 +127,15 @@ class Rows:
         """
         if torch.is_grad_enabled() or layer.training or len({layer.shapes[name] for name in names}) != 1:
             return None
-        versions = [table[name]._version for table in layer.tables() for name in names if name in table]
-        found, stacked = self._stacks.get(layer, (None, None))
+        compiled = torch.compiler.is_compiling()  # then a look at the versions would end the graph
+        tables = () if compiled else layer.tables()
+        versions = [table[name]._version for table in tables for name in names if name in table]
+        found, stacked = (None, None) if compiled else self._stacks.get(layer, (None, None))
         if stacked is None or found != versions:
             parts = zip(*(layer.mixture([name])[:3] for name in names), strict=True)
             stacked = tuple(torch.stack(part) for part in parts)
-            self._stacks[layer] = versions, stacked  # pyright: ignore[reportArgumentType]
+            if not compiled:
+                self._stacks[layer] = versions, stacked  # pyright: ignore[reportArgumentType]
         A, B, alpha = stacked
         return A, B, alpha, layer.shapes[names[0]]
 

@@ -294,3 +294,19 @@ def test_one_product_for_each_adapter(kind, device):
     assert list(results[0]) == list(results[1]) and len(results[0]) == 8
     for name, want in results[0].items():
         assert_close_by_rule(results[1][name], want.double(), None, torch.float32, reduces_tokens=True)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mixed_batch_is_one_graph(training, copies, monkeypatch):
+    monkeypatch.setattr("moka.rows.copies_cost_little", lambda x: copies)
+    torch._dynamo.reset()
+    model, x = nn.ModuleDict({"x": NF4Linear.from_linear(nn.Linear(K, N))}), torch.randn(4, 3, K)
+    for name in ("a", "b"):
+        moka.inject(model, moka.MokaConfig(target_modules=["x"], r=2), name)
+        model["x"].moka_B[name].data.normal_()
+    model.train(training)
+    with torch.set_grad_enabled(training), moka.mixed_batch(model, ["b", "__base__", "a", "b"]):
+        expected = model["x"](x)
+        compiled = torch.compile(model["x"], backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), expected)
