@@ -65,8 +65,8 @@ def save_adapter(
     `quantize` makes the file smaller and loses some of the update: each factor entry becomes an integer of 8
     or 4 bits, `round(x Q / absmax)` with Q = 127 or 7 and the absmax of its group of 64 beside it, 8.5 or 4.5
     bits in all for fp32 factors. Gates, magnitudes and modules trained in full stay as they are.
-    `moka.load_adapter` gives `q absmax / Q` in `adapter_dtype`, off by at most `absmax / (2 Q)`; saved again,
-    that makes the same file. peft does not read such files.
+    `moka.load_adapter` gives `q absmax / Q` in `adapter_dtype`, off by at most `absmax / (2 Q)` and that
+    dtype's own rounding; saved again, that makes the same file. peft does not read such files.
 
     If the model is split over processes (FSDP2), every process must call this; the first one writes.
 

@@ -2,6 +2,8 @@
 
     q = round(x Q / absmax),  x' = q absmax / Q,  |x - x'| <= absmax / (2 Q)          Q = 127 or 7
 
+before x' is rounded to the dtype of the factors, which for int8 in bf16 can double the error.
+
 A flat factor `moka_A [n]` is stored as two tensors:
 
     moka_A_int8 [n] I8, or moka_A_int4 [ceil(n/2)] U8: two's complement, the first of two in the high bits,
