@@ -296,16 +296,43 @@ def test_one_product_for_each_adapter(kind, device):
         assert_close_by_rule(results[1][name], want.double(), None, torch.float32, reduces_tokens=True)
 
 
+def alike(**fields):
+    """One NF4 layer with two adapters of the same shapes."""
+    model = nn.ModuleDict({"x": NF4Linear.from_linear(nn.Linear(K, N))})
+    for name in ("a", "b"):
+        moka.inject(model, moka.MokaConfig(target_modules=["x"], r=2, **fields), name)
+        model["x"].moka_B[name].data.normal_()
+    return model
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_change_within_the_batch_is_seen(copies, monkeypatch):
+    monkeypatch.setattr("moka.rows.copies_cost_little", lambda x: copies)
+    model, x = alike().eval(), torch.randn(2, 3, K)
+    with torch.no_grad(), moka.mixed_batch(model, ["a", "b"]):
+        for _ in range(2):
+            y = model["x"](x)
+            for i, name in enumerate("ab"):
+                assert_close_by_rule(y[i], dense_row(model["x"], name, x[i]), None, torch.float32)
+            model["x"].moka_B["a"].mul_(3)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_dropout_of_each_adapter(copies, monkeypatch):
+    """Of its own rows, and of what goes through its factors alone."""
+    monkeypatch.setattr("moka.rows.copies_cost_little", lambda x: copies)
+    model, x = alike(dropout=1 - 1e-6).train(), torch.randn(3, K)
+    with moka.mixed_batch(model, ["a", "__base__", "b"]):
+        y = model["x"](x)
+    torch.testing.assert_close(y, model["x"].base_layer(x))
+
+
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_mixed_batch_is_one_graph(training, copies, monkeypatch):
     monkeypatch.setattr("moka.rows.copies_cost_little", lambda x: copies)
     torch._dynamo.reset()
-    model, x = nn.ModuleDict({"x": NF4Linear.from_linear(nn.Linear(K, N))}), torch.randn(4, 3, K)
-    for name in ("a", "b"):
-        moka.inject(model, moka.MokaConfig(target_modules=["x"], r=2), name)
-        model["x"].moka_B[name].data.normal_()
-    model.train(training)
+    model, x = alike().train(training), torch.randn(4, 3, K)
     with torch.set_grad_enabled(training), moka.mixed_batch(model, ["b", "__base__", "a", "b"]):
         expected = model["x"](x)
         compiled = torch.compile(model["x"], backend="aot_eager", fullgraph=True)
