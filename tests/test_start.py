@@ -30,6 +30,7 @@ def test_energy_is_that_of_eckart_and_young(sizes, k, device):
     missing = (W.double() - terms).square().sum()
     assert abs(missing - best[k:].sum()) < 1e-6 * best.sum()
     assert abs(sigma.double().square().sum() - best[:k].sum()) < 1e-5 * best[:k].sum()
+    assert (sigma.diff() <= 0).all()
     torch.testing.assert_close(A.flatten(1) @ A.flatten(1).T, torch.eye(k), atol=1e-4, rtol=0)
     assert all(torch.equal(x, y) for x, y in zip((A, B, sigma), kpsvd(W, *sizes, k), strict=True))
 

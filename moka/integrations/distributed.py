@@ -58,7 +58,6 @@ def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
             "torch.distributed.init_process_group first"
         )
     check_distributed(model)
-    check_storage(model, STORAGE)
     blocks = _blocks(model)
     for unit in (*blocks, model):
         check_dtypes(unit, blocks)
@@ -74,8 +73,9 @@ def prepare_base(model: nn.Module, mp_policy: Any) -> None:
     all identities has no entries to train, and FSDP2 cannot reduce an empty gradient.
 
     Raises:
-        ConfigError: `mp_policy` would cast the packed weights.
+        ConfigError: FSDP2 cannot hold the packed weights, or `mp_policy` would cast them.
     """
+    check_storage(model, STORAGE)
     check_mixed_precision(model, STORAGE, mp_policy)
     for module in model.modules():
         if isinstance(module, NF4Linear):
