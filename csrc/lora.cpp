@@ -96,6 +96,7 @@ Tensor nf4_lora(const Tensor& x, const Tensor& packed, const Tensor& absmax, con
                 const OptionalTensor& code2, const OptionalTensor& offset, int64_t blocksize, int64_t blocksize2,
                 int64_t N, int64_t K, const OptionalTensor& bias, const Tensor& A, const Tensor& B, double scale,
                 at::ScalarType compute, at::ScalarType low) {
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.sym_size(-1) == K, "x: expected shape [..., ", K, "], got ", x.sym_sizes());
   TORCH_CHECK_VALUE(
       A.dim() == 2 && B.dim() == 2 && A.sym_size(1) == K && B.sym_size(0) == N && B.sym_size(1) == A.sym_size(0),
       "A, B: expected [r, ", K, "] and [", N, ", r], got ", A.sym_sizes(), " and ", B.sym_sizes());

@@ -223,12 +223,8 @@ def linear(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: st
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     if len(base) > 1:
-        # gradients of the factors, sums over all tokens, leave the range of fp16
-        as_low_rank = path == "auto" and x.dtype in (torch.float32, torch.bfloat16)
-        if as_low_rank and is_low_rank(base, mixture[3]):
-            return nf4_lora(
-                x, base, None if bias is None else bias.to(x.dtype), *as_lora(mixture, x), 1.0, x.dtype
-            )
+        if path == "auto" and is_low_rank(x, base, mixture):
+            return nf4_lora(x, base, bias, *as_lora(mixture), 1.0, x.dtype)
         return torch.ops.moka.nf4_linear.default(x, *base, bias, *mixture, False, path)
     if base and base[0].requires_grad:
         raise ConfigError(
@@ -237,19 +233,25 @@ def linear(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: st
     return torch.ops.moka.dense_linear.default(x, *(base or (None,)), bias, *mixture, path)
 
 
-def is_low_rank(base: tuple, shapes: Sequence[int]) -> bool:
+def is_low_rank(x: Tensor, base: tuple, mixture: tuple) -> bool:
     """Whether every component is a column times a row, `[N, 1] kron [1, K]`: a LoRA, which has its operation.
 
+    In fp32 alone: that operation gives the gradients of A and B in the dtype of its products.
+
     Args:
-        base: `NF4Weight.op_args()`.
-        shapes: flat, as of a mixture.
+        x, base, mixture: as for `linear`; whose sizes disagree is left to the operator that says so.
     """
     N, K = base[-2:]
-    return len(shapes) > 0 and tuple(shapes) == (N, 1, 1, K, 0) * (len(shapes) // 5)
+    columns, rows, alpha, shapes = mixture
+    r = len(shapes) // 5
+    if r == 0 or tuple(shapes) != (N, 1, 1, K, 0) * r:
+        return False
+    sizes = (columns.numel(), rows.numel(), alpha.numel(), x.shape[-1]) == (r * N, r * K, r, K)
+    return sizes and all(t.dtype == torch.float32 for t in (x, columns, rows, alpha))
 
 
-def as_lora(mixture: tuple, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A `[r, K]` and B `[N, r]` of x's dtype with B A = sum_i alpha_i A_i kron B_i, for such components."""
+def as_lora(mixture: tuple) -> tuple[Tensor, Tensor]:
+    """A `[r, K]` and B `[N, r]` with B A = sum_i alpha_i A_i kron B_i, for such components."""
     columns, rows, alpha, _ = mixture
     r = len(alpha)
-    return rows.view(r, -1).to(x.dtype), (columns.view(r, -1) * alpha[:, None]).T.to(x.dtype)
+    return rows.view(r, -1), (columns.view(r, -1) * alpha[:, None]).T

@@ -88,7 +88,7 @@ def lora(rank, adapter_dtype):
     dense = w.dequantize(torch.float32).double() + 0.5 * B.double() @ A.double()
     for transpose, effective in ((False, dense.T), (True, dense)):
         x = torch.randn(513, len(effective)).to(BF16)
-        u = torch.zeros(513, rank)  # of the update by itself, which is not formed
+        u = torch.zeros(513, rank, dtype=adapter_dtype)  # of the update by itself, which is not formed
         y = ops.nf4_linear_lora(*on_gpu((x, *w.op_args(), None, A, B, u, 0.5, transpose, BF16)))
         check(y, x.double() @ effective)
 

@@ -5,6 +5,10 @@
 
 namespace moka {
 
+// x [..., in], A [r, K] and B [N, r] of one dtype, u [tokens, r], all on one device; how many tokens there are.
+int64_t check_lora(const at::Tensor& x, int64_t in, const at::Tensor& A, const at::Tensor& B, const at::Tensor& u,
+                   int64_t N, int64_t K);
+
 // W's product first, then u's added to it, in `dtype`: two passes over y.
 at::Tensor nf4_linear_lora_apart(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& absmax,
                                  const OptionalTensor& absmax2, const OptionalTensor& code2,

@@ -9,7 +9,8 @@ namespace moka::cuda {
 namespace {
 
 // A [rank, K] and B [N, rank] of `dtype`, of a rank that the kernel takes, with the same product. That of fp32 factors
-// is the sum of those of their leading and trailing parts, but for the one of both trailing parts, which is below fp32.
+// is the sum of those of their leading and trailing parts, but for the one of both trailing parts, which is far below
+// the rounding of the weight to `dtype`.
 std::pair<at::Tensor, at::Tensor> operands(const at::Tensor& A, const at::Tensor& B, at::ScalarType dtype) {
   at::Tensor a = A, b = B;
   if (A.scalar_type() != dtype) {
@@ -31,10 +32,10 @@ at::Tensor nf4_linear_lora(const at::Tensor& x, const at::Tensor& packed, const 
                            at::ScalarType dtype) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const int64_t in = transpose ? N : K, out = transpose ? K : N;
-  check_last_dim("x", x, in);
+  const int64_t tokens = check_lora(x, in, A, B, u, N, K);
   check_device("packed", packed, "x", x);
   const Nf4Args w(packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K);
-  if (!merges_lora(x.numel() / in, w.params, A, x.scalar_type(), dtype)) {
+  if (!merges_lora(tokens, w.params, A, x.scalar_type(), dtype)) {
     return nf4_linear_lora_apart(x, packed, absmax, absmax2, code2, offset, blocksize, blocksize2, N, K, bias, A, B, u,
                                  scale, transpose, dtype);
   }
