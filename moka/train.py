@@ -121,12 +121,20 @@ def run(config: RunConfig, on_step: OnStep | None = None, on_eval: Progress | No
     if config.shard and config.quantize != "bitsandbytes":
         # from there it goes to the GPU in parts
         device, dtype = "cpu", dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    _refuse_other_run(config)  # like the rows, before the minutes that a large model takes to load
+    rows = load_rows(config.data, "train")
+    eval_rows = load_rows(config.eval_data, "validation") if config.eval_data else None
     model, tokenizer = load_model(
         config.model, config.quantize, dtype, device, double_quant=config.double_quant
     )
-    rows = load_rows(config.data, "train")
-    eval_rows = load_rows(config.eval_data, "validation") if config.eval_data else None
     return train(config, model, tokenizer, rows, eval_rows, on_step, on_eval)
+
+
+def _refuse_other_run(config: RunConfig) -> None:
+    if not config.resume and any(Path(config.output).glob("checkpoint-*")):
+        raise StateError(
+            f"{config.output}: holds checkpoints of another run; pass resume=true or choose another output"
+        )
 
 
 def train(
@@ -152,10 +160,7 @@ def train(
     )  # it alone writes, beside its adapter, which a sharded model's all gather
     if arguments.world_size > 1:
         agree(config.model_dump())
-    if not config.resume and any(output.glob("checkpoint-*")):
-        raise StateError(
-            f"{output}: holds checkpoints of another run; pass resume=true or choose another output"
-        )
+    _refuse_other_run(config)
     dataset = TextDataset(rows, tokenizer, config.max_length)
     torch.manual_seed(config.seed)  # for the initial factors
     inject(model, MokaConfig.from_dict(config.adapter))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..checkpoint import load_adapter, save_adapter
 from ..data import IGNORED, answer_positions
 from ..errors import CheckpointFormatError, NonFiniteError, StateError
+from ..inject import adapter_layers
 from ..layout import is_sharded
 from ..safefile import write_atomic
 from .distributed import any_process, full_optimizer_state, load_full_optimizer_state, prepare_base
@@ -64,6 +65,9 @@ class MokaTrainer(Trainer):
     Under torchrun or `accelerate launch` the mean is over the batches of all processes, and the model may be
     split by `moka.shard` or accelerate. Checkpoints do not depend on that: any setup can resume any other's.
 
+    Raises:
+        StateError: the model has no adapter of `moka.inject`; peft's models go to `transformers.Trainer`.
+
     Attributes:
         interrupted: whether SIGTERM ended `train`; a checkpoint of the last step was saved before.
 
@@ -81,6 +85,7 @@ class MokaTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_accelerator(self.accelerator, self.model)
+        _require_adapter(self.accelerator.unwrap_model(self.model))
         self._sharded = self.is_fsdp_enabled or is_fsdp_module(self.model)
         if is_fsdp_module(self.model):
             # moka.shard has done what accelerate would do, which would else wrap the model in DDP
@@ -243,6 +248,10 @@ class MokaTrainer(Trainer):
             self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint
         )
 
+    def _load_best_model(self) -> None:
+        best: Any = self.state.best_model_checkpoint
+        load_adapter(self.accelerator.unwrap_model(self.model), best)
+
     @contextlib.contextmanager
     def _sigterm_stops(self) -> Iterator[None]:
         """Sets `interrupted` on SIGTERM, then calls the earlier handler; only the main thread can do this."""
@@ -343,6 +352,14 @@ def checkpoint_problem(folder: Path) -> str | None:
         if not path.is_file() or path.stat().st_size != size:
             return f"incomplete: {name} is missing or is not {size} bytes long"
     return None
+
+
+def _require_adapter(model: nn.Module) -> None:
+    """Without one nothing could be saved, which would show at the first checkpoint only."""
+    if not getattr(model, "moka_config", {}):
+        if adapter_layers(model):
+            raise StateError("the model holds adapters of peft; train it with transformers.Trainer")
+        raise StateError("the model holds no adapter; call moka.inject first")
 
 
 def _require_optimizer(folder: Path) -> None:
