@@ -96,6 +96,8 @@ def save_adapter(
     if quantize is not None and quantize not in SCHEMES:
         raise ConfigError(f"quantize: got {quantize!r}, expected one of {(None, *SCHEMES)}")
     configs = getattr(model, "moka_config", {})
+    if not configs and adapter_layers(model):
+        raise StateError("the model holds adapters of peft; save them with model.save_pretrained(folder)")
     if adapter_name not in configs:
         raise StateError(f"adapter {adapter_name!r} does not exist; the model has {list(configs)}")
     layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.configs}
@@ -175,9 +177,16 @@ def load_adapter(
         >>> model = moka.load_adapter(model, "out/")          # doctest: +SKIP
     """
     check_adapter_name(adapter_name)
+    if not getattr(model, "moka_config", {}) and adapter_layers(model):
+        raise StateError("the model holds adapters of peft; load further ones with model.load_adapter")
     directory = Path(directory)
     where = str(directory / WEIGHTS)
     _refuse_pickles(directory)
+    if not (directory / WEIGHTS).exists():
+        raise FileNotFoundError(
+            f"{where}: no such file; expected the folder of a saved adapter. From the hub: "
+            f'huggingface_hub.snapshot_download(repo, local_dir="adapter")'
+        )
     max_tensors = max(safefile.MAX_TENSORS, 6 * sum(1 for _ in model.modules()))
     with safefile.open_untrusted(directory, WEIGHTS) as descriptor:
         header = safefile.read_header(descriptor, where, max_tensors, safefile.PACKED_BYTES)

@@ -204,7 +204,8 @@ def to_lokr(model: nn.Module, folder: str | Path, adapter_name: str = "default")
     candidates = (-1, *sorted({first for _, first in wanted}))
     factor = next((f for f in candidates if all(factorization(n, f)[0] == m for n, m in wanted)), None)
     if factor is None or len(every) != len(shapes):
-        got = {path: [str(shape) for shape in kinds] for path, kinds in shapes.items()}
+        path = next((path for path, kinds in shapes.items() if len(kinds) != 1), next(iter(shapes)))
+        got = f"{[str(shape) for shape in shapes[path]]} in {path}"
         raise ConfigError(
             f"to_lokr: got {got}; expected one component per layer, its left factor of the sizes that one "
             f"decompose_factor of peft gives in all layers"

@@ -73,6 +73,11 @@ def inject(
         1290
     """
     root: Any = model  # nn.Module declares no attributes but tensors and modules
+    if not isinstance(config, MokaConfig):
+        raise ConfigError(
+            f"config: got a {type(config).__module__}.{type(config).__name__}, expected a moka.MokaConfig; "
+            f"those of peft go to peft.get_peft_model"
+        )
     check_adapter_name(adapter_name)
     configs: dict[str, MokaConfig] = getattr(model, "moka_config", {})
     if adapter_name in configs:

@@ -36,6 +36,8 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], repeats: int = 1
         >>> with moka.mixed_batch(model, ["default", "__base__"]):          # doctest: +SKIP
         ...     logits = model(two_rows).logits
     """
+    if isinstance(adapter_names, str):
+        raise ConfigError(f"adapter_names: got {adapter_names!r}, expected a list with a name for each row")
     rows, layers = Rows(adapter_names, repeats), list(adapter_layers(model).values())
     known = list(dict.fromkeys(name for layer in layers for name in layer.configs))
     if not adapter_names or (unknown := [name for name in rows.names if name not in known]):

@@ -80,6 +80,9 @@ def quantize(
         raise ConfigError(f"blocksize: got {blocksize}, expected one of {BLOCKSIZES}")
     groups, skipped = layers_to_quantize(model, exclude_modules)
     if not groups:
+        quantized = any(isinstance(m, NF4Linear) or is_linear4bit(m) for m in model.modules())
+        if quantized:
+            raise InjectionError(f"{type(model).__name__} is in 4 bits already; call moka.inject")
         why = skipped or "it holds no nn.Linear"
         raise InjectionError(f"{type(model).__name__} has no dense linear layer to quantize: {why}")
     root: Any = model  # nn.Module declares no attributes but tensors and modules

@@ -234,7 +234,15 @@ def _losses(model: Any, batches: Batches) -> Iterator[Tensor]:
         return
     for batch in batches:
         count += 1
-        yield model(**batch).loss
+        if not isinstance(batch, Mapping):
+            raise ConfigError(
+                f"batches: got a {type(batch).__name__}, expected the model's arguments by name, such as "
+                f"{{'input_ids': ..., 'labels': ...}}"
+            )
+        loss = model(**batch).loss
+        if loss is None:
+            raise ConfigError(f"batches: no loss comes from {sorted(batch)}; expected labels among them")
+        yield loss
     if not count:
         raise ConfigError(
             "batches: got none, expected at least one, in a list or another iterable to be used again"

@@ -205,8 +205,9 @@ def test_alpha_beside_the_factors(tmp_path):
 
 def test_what_a_lokr_cannot_hold(tmp_path):
     model = moka.inject(tiny_model(), MokaConfig(QV, r=2))
-    with pytest.raises(ConfigError, match="expected one component per layer"):
+    with pytest.raises(ConfigError, match="expected one component per layer") as caught:
         convert.to_lokr(model, tmp_path / "out")
+    assert str(caught.value).count("_proj") == 1  # not every layer of the model
     model = moka.inject(tiny_model(), MokaConfig(["q_proj"], shapes=[(2, 16, 32, 4)]))
     with pytest.raises(ConfigError, match=r"2x16\*32x4.*one decompose_factor"):
         convert.to_lokr(model, tmp_path / "out")

@@ -182,6 +182,12 @@ def test_adapter_names(name):
         moka.inject(Net(), CONFIG, name)
 
 
+@pytest.mark.parametrize("config", [{"r": 4}, None, object()], ids=["dict", "None", "object"])
+def test_a_config_of_another_kind_is_refused(config):
+    with pytest.raises(ConfigError, match=r"got a builtins\.\w+, expected a moka\.MokaConfig"):
+        moka.inject(Net(), config)
+
+
 def test_a_name_is_used_once():
     model = moka.inject(Net(), CONFIG)
     before = snapshot(model)

@@ -121,7 +121,11 @@ def test_repeated_rows():
 
 def test_mixing_is_refused_before_it_starts():
     model = make()
-    for names, message in ((["a", "c"], r"got \['c'\]"), ([], r"got \[\]")):
+    for names, message in (
+        (["a", "c"], r"got \['c'\]"),
+        ([], r"got \[\]"),
+        ("a", "got 'a', expected a list"),
+    ):
         with pytest.raises(ConfigError, match=message), moka.mixed_batch(model, names):
             pass
     with (

@@ -188,6 +188,18 @@ def test_hostile_files(tmp_path):
         PeftModel.from_pretrained(model, folder)
 
 
+def test_models_of_peft_are_told_what_to_call(tmp_path):
+    model = get_peft_model(Case("MoKA", "float", tmp_path).base(), MokaConfig(target_modules=["q_proj"]))
+    with pytest.raises(StateError, match=r"adapters of peft; save them with model\.save_pretrained"):
+        moka.save_adapter(model, tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(StateError, match=r"adapters of peft; load further ones with model\.load_adapter"):
+        moka.load_adapter(model, tmp_path / "out")
+    for config in (MokaConfig(target_modules=["q_proj"]), LoraConfig(target_modules=["q_proj"])):
+        with pytest.raises(ConfigError, match=r"expected a moka\.MokaConfig; those of peft go to peft\.get"):
+            moka.inject(Case("MoKA", "float", tmp_path).base(), config)
+
+
 def test_truncated_configuration(tmp_path):
     """Cut anywhere, it is refused by an error of moka."""
     model = saved(tmp_path)

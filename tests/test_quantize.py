@@ -108,6 +108,8 @@ def test_what_is_refused():
         moka.quantize(llama(), exclude_modules=["q_prj"])
     with pytest.raises(InjectionError, match=r"no dense linear layer to quantize.*excluded"):
         moka.quantize(nn.Sequential(nn.Linear(8, 8)), exclude_modules="0")
+    with pytest.raises(InjectionError, match=r"in 4 bits already; call moka\.inject"):
+        moka.quantize(moka.quantize(llama()))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -160,12 +160,14 @@ def test_a_start_does_not_depend_on_the_default_device(method):
 
 
 def test_what_is_refused_changes_nothing():
-    model = injected()
+    model, tokens = injected(), batches(1)[0]["input_ids"]
     layer = next(iter(adapter_layers(model).values()))
     before = layer.moka_A["default"].clone()
     for error, match, arguments in (
         (ConfigError, "method", ("magic", batches())),
         (ConfigError, "got none", ("gradient", [])),
+        (ConfigError, "got a Tensor, expected", ("gradient", [tokens])),
+        (ConfigError, r"no loss comes from \['input_ids'\]", ("gradient", [{"input_ids": tokens}])),
         (StateError, "does not exist", ("gradient", batches(), "other")),
     ):
         with pytest.raises(error, match=match):
