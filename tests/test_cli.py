@@ -115,10 +115,13 @@ def test_train_writes_its_results(adapter):
     ("arguments", "message"),
     [
         (["train", "data=nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+        (["train", "my.jsonl"], "rows are data=my.jsonl"),
         (["train", "lerning_rate=1"], "the nearest valid key is 'learning_rate'"),
         (["train", "adapter.target_modules=[nothing]"], "nothing"),
         (["train", "model=no such model"], "no such model"),
+        (["train", "output=MODEL/config.json"], "File exists"),
         (["plan", "no such model"], "no such model"),
+        (["plan", "nowhere/config.json"], "is no file; expected 'embedded'"),
         (["bench", "--shape", "12"], "shape: got '12', expected"),
         (["eval", "--adapter", "no/such"], "adapter_config.json: cannot be read"),
         (["eval", "--model", "MODEL", "--adapter", "no/such"], "no/such"),

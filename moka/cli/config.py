@@ -37,6 +37,10 @@ def read_values(arguments: Sequence[str]) -> dict[str, Any]:
         key, equals, text = argument.partition("=")
         if equals:
             _set(values, key.strip().split("."), parse_value(text), argument)
+        elif argument.endswith((".jsonl", ".jsonl.gz")):
+            raise ConfigError(
+                f"got {argument!r}, expected a YAML file or KEY=VALUE; rows are data={argument}"
+            )
         elif values:
             raise ConfigError(f"got {argument!r}, expected KEY=VALUE; only the first argument may be a file")
         else:

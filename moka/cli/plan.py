@@ -12,6 +12,8 @@ from ..errors import ConfigError
 from .config import read_values
 from .console import out, print_json
 
+EXPECTED_MODEL = "'embedded', a config.json, a model directory, a .gguf file or a hub id"
+
 
 def plan(
     model: Annotated[str, typer.Argument(help="embedded, a config.json, a model directory or a hub id.")],
@@ -55,6 +57,8 @@ def model_config(name: str) -> Any:
     from ..loading import EMBEDDED
 
     path = model_file() if name == EMBEDDED else Path(name)
+    if path.suffix in (".json", ".gguf") and not path.is_file():  # else transformers asks the hub for it
+        raise ConfigError(f"model: {name!r} is no file; expected {EXPECTED_MODEL}")
     try:
         if path.suffix == ".gguf":
             return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -62,5 +66,5 @@ def model_config(name: str) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model: {name!r} has no readable configuration ({str(error).strip().splitlines()[0]}); "
-            "expected 'embedded', a config.json, a model directory, a .gguf file or a hub id"
+            f"expected {EXPECTED_MODEL}"
         ) from error
