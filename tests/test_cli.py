@@ -215,6 +215,13 @@ def test_merge_writes_a_plain_model(folder, adapter, tmp_path, quantizer):
     assert "quantization_config" not in json.loads((output / "config.json").read_text())
 
 
+def test_merge_does_not_write_into_the_folder_of_an_adapter(adapter):
+    before = {path.name for path in adapter.iterdir()}
+    result = moka_command("merge", "--adapter", adapter, "--output", adapter)
+    assert result.exit_code == 2 and "holds an adapter (adapter_config.json)" in flat(result.stderr)
+    assert {path.name for path in adapter.iterdir()} == before
+
+
 def test_plan_reads_a_configuration_alone(tmp_path):
     from transformers import LlamaConfig
 

@@ -23,10 +23,17 @@ def merge(
 
     What is saved is the base the adapter was trained on, dequantized, plus the update.
     """
+    from ..checkpoint import CONFIG
+    from ..errors import ConfigError
     from ..inject import eject
     from ..merge import merge as merge_update
     from ..quantize import dequantize
 
+    if (output / CONFIG).exists():
+        raise ConfigError(
+            f"output: {output} holds an adapter ({CONFIG}), which transformers would load on top of the "
+            f"merged model; choose another folder"
+        )
     into = parse_dtype(dtype) or torch.bfloat16
     loaded, tokenizer = load(model, adapter, quantize, "auto")
     merged: Any = eject(merge_update(loaded, into=into))
