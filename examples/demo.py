@@ -19,6 +19,7 @@ from typing import Any
 from rich.table import Table
 
 from moka import __version__
+from moka.checkpoint import WEIGHTS
 from moka.cli.common import quiet_transformers
 from moka.cli.console import err, out, progress
 from moka.data import Row, TextDataset, is_choice, to_choice
@@ -63,6 +64,7 @@ def main() -> None:
     before = score(model, tokenizer, held_out)
 
     step(f"3  Fine-tuning with MoKA, {config.max_steps} steps")
+    (options.output / WEIGHTS).unlink(missing_ok=True)  # of an earlier demo, which train would not overwrite
     with progress("training") as on_step:
         metrics = train(config, model, tokenizer, train_rows, on_step=on_step)
     trained = metrics["trainable_parameters"]

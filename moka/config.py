@@ -166,6 +166,12 @@ class MokaConfig:
             return self.shapes  # pyright: ignore[reportReturnType]
         return next((s for key, s in self.shapes.items() if pattern_matches(key, path)), "balanced")
 
+    def __getattr__(self, name: str) -> Any:
+        # what peft asks of its own configurations first
+        hint = "; peft takes MokaConfig of moka.integrations.peft, MokaConfig.from_moka(config) makes it"
+        told = hint if name in ("base_model_name_or_path", "peft_type") else ""
+        raise AttributeError(f"moka.MokaConfig has no attribute {name!r}{told}")
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types, after `format_version`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -208,7 +208,7 @@ def to_lokr(model: nn.Module, folder: str | Path, adapter_name: str = "default")
         got = f"{[str(shape) for shape in shapes[path]]} in {path}"
         raise ConfigError(
             f"to_lokr: got {got}; expected one component per layer, its left factor of the sizes that one "
-            f"decompose_factor of peft gives in all layers"
+            f"decompose_factor of peft gives in all layers (moka convert --to writes a MoKA again)"
         )
     tensors, r = {}, max(max(s.mb, s.nb) for s in every)  # peft's w2 is dense from half of that on
     for path, layer in layers.items():

@@ -88,7 +88,10 @@ def check(text: str, rows: int, cols: int) -> None:
     """
     name, arguments = parse(text)
     if not KINDS[name].fits(rows, cols, *arguments):
-        raise ConfigError(f"factor: {text} cannot be {rows} x {cols}; its sizes or arguments do not divide")
+        rule = "its sizes or arguments do not divide"
+        if name == "lowrank":
+            rule = f"its rank must be at most {max(rows, cols)}; choose a smaller one or larger factors"
+        raise ConfigError(f"factor: {text} cannot be {rows} x {cols}; {rule}")
 
 
 def numel(text: str, rows: int, cols: int) -> int:

@@ -62,7 +62,7 @@ def check_base(where: str, trained_on: dict[str, str], here: dict[str, str]) -> 
     Raises:
         BaseMismatchError: naming both.
     """
-    override = "load the base it was trained on, or pass allow_base_mismatch=True"
+    override = "load the base it was trained on, quantized alike, or pass allow_base_mismatch=True"
     if trained_on["quantization"] != here["quantization"]:
         raise BaseMismatchError(
             f"{where}: the adapter was trained on a base with quantization {trained_on['quantization']!r}, "

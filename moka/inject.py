@@ -245,6 +245,8 @@ def _prepare_base(model: Any) -> None:
             state.trainable.append(name)
             parameter.requires_grad_(False)
     state.repacking = stop_repacking(model)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _refuse_save_pretrained
     if hasattr(model, "_hf_peft_config_loaded"):
         # transformers trains a quantized model only if it is told of an adapter. It then also makes the
         # embeddings' output require gradients when gradient checkpointing is switched on, without which
@@ -255,6 +257,13 @@ def _prepare_base(model: Any) -> None:
         if checkpointing and not hasattr(model, "_require_grads_hook"):
             state.input_grads = True
             model.enable_input_require_grads()
+
+
+def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
+    raise StateError(
+        "model.save_pretrained would not save the adapters of moka.inject; call moka.save_adapter (as "
+        "MokaTrainer does, unlike transformers.Trainer), or moka.merge and moka.eject first"
+    )
 
 
 def stop_repacking(model: nn.Module) -> list[Any]:
@@ -281,6 +290,7 @@ def _restore_base(model: Any) -> None:
         model.get_parameter(name).requires_grad_(True)
     for module in state.repacking:
         module.support_avx512bf16_for_cpu = True
+    vars(model).pop("save_pretrained", None)
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = False
     if state.input_grads:

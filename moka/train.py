@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from . import __version__, embedded, plots
+from .checkpoint import WEIGHTS
 from .config import MokaConfig
 from .data import Collator, Row, TextDataset, read_jsonl, rows_of
 from .errors import StateError
@@ -131,9 +132,16 @@ def run(config: RunConfig, on_step: OnStep | None = None, on_eval: Progress | No
 
 
 def _refuse_other_run(config: RunConfig) -> None:
-    if not config.resume and any(Path(config.output).glob("checkpoint-*")):
+    output = Path(config.output)
+    if config.resume:
+        return
+    if any(output.glob("checkpoint-*")):
         raise StateError(
-            f"{config.output}: holds checkpoints of another run; pass resume=true or choose another output"
+            f"{output}: holds checkpoints of another run; pass resume=true or choose another output"
+        )
+    if (output / WEIGHTS).exists():
+        raise StateError(
+            f"{output}: holds the adapter of another run; choose another output or delete {WEIGHTS}"
         )
 
 

@@ -249,14 +249,27 @@ def test_missing_libraries_are_named(monkeypatch):
     assert stop.value.code == 2
 
 
-def test_a_real_process_stops_on_sigterm_and_goes_on(folder, tmp_path):
-    output = tmp_path / "run"
+def started(folder, output):
+    """A long run in a process of its own, which has saved a checkpoint."""
     command = [sys.executable, "-m", "moka.cli", *train_arguments(folder, output), "max_steps=60"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "save_steps=1"], env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(output.glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
+    return process
+
+
+def test_ctrl_c_says_what_is_left(folder, tmp_path):
+    process = started(folder, tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "resume=true goes on from the last checkpoint" in stderr
+
+
+def test_a_real_process_stops_on_sigterm_and_goes_on(folder, tmp_path):
+    output = tmp_path / "run"
+    process = started(folder, output)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143, stderr

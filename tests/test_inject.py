@@ -5,6 +5,7 @@ import hashlib
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import nn
 
 import moka
@@ -374,3 +375,11 @@ def test_copies_are_independent():
     assert not torch.equal(twin(IDS), model(IDS))
     moka.eject(twin)
     assert moka.active_adapters(model) == ["default"]
+
+
+def test_what_would_leave_out_the_adapter_is_refused(tmp_path):
+    model = moka.inject(tiny_model(), moka.MokaConfig(["q_proj"], r=2))
+    with pytest.raises(StateError, match=r"call moka\.save_adapter .*or moka\.merge and moka\.eject first"):
+        model.save_pretrained(tmp_path)
+    moka.eject(copy.deepcopy(model)).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()

@@ -310,3 +310,10 @@ def test_the_table_of_scenarios_is_complete():
     cells = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in rows[2:]}
     assert list(cells) == list(SCENARIOS)
     assert [name for name, row in cells.items() if not {*row[4:]} <= {"yes", "-"}] == list(REFUSED)
+
+
+def test_moka_s_own_configuration_is_named():
+    with pytest.raises(
+        AttributeError, match=r"peft takes MokaConfig of moka\.integrations\.peft, .*from_moka"
+    ):
+        peft.get_peft_model(tiny_model(), moka.MokaConfig(["q_proj"]))

@@ -13,6 +13,7 @@ import torch
 from tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 import moka
+from moka.checkpoint import WEIGHTS
 from moka.data import IGNORED, Collator, TextDataset, rows_of
 from moka.errors import CheckpointFormatError, CheckpointMismatchError, DataError, NonFiniteError, StateError
 from moka.integrations import trainer as module
@@ -339,6 +340,10 @@ def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
         run(settings(tmp_path, data="nowhere.jsonl"))
     (tmp_path / "checkpoint-2").mkdir()
     with pytest.raises(StateError, match="resume=true"):
+        run(settings(tmp_path))
+    (tmp_path / "checkpoint-2").rename(tmp_path / "other")
+    (tmp_path / WEIGHTS).touch()
+    with pytest.raises(StateError, match="the adapter of another run"):
         run(settings(tmp_path))
 
 

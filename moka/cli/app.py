@@ -23,14 +23,14 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # which ends quietly
+            raise
         except (
             MokaError,
             ImportError,
             OSError,
-        ) as error:  # OSError: no permission, a full disk, a file in the way
-            if ctx.params.get("debug") or isinstance(
-                error, BrokenPipeError
-            ):  # click ends quietly on the latter
+        ) as error:  # also no permission, a full disk, a file in the way
+            if ctx.params.get("debug"):
                 raise
             err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_ERROR) from error

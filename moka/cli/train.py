@@ -43,8 +43,13 @@ def train(
     quiet_transformers()
     if first:
         err.print(f"training {config.model} on {config.data}", highlight=False)
-    with progress("training") as on_step, progress("evaluation") as on_eval:
-        metrics = run(config, on_step if first else None, on_eval if first else None)
+    try:
+        with progress("training") as on_step, progress("evaluation") as on_eval:
+            metrics = run(config, on_step if first else None, on_eval if first else None)
+    except KeyboardInterrupt:
+        if first:
+            err.print(_after_interrupt(Path(config.output)), highlight=False)
+        raise
     if distributed.is_initialized():
         distributed.destroy_process_group()
     folder = Path(config.output)
@@ -57,3 +62,12 @@ def train(
         if first:
             err.print("stopped by SIGTERM; go on with resume=true", highlight=False)
         raise typer.Exit(EXIT_SIGTERM)
+
+
+def _after_interrupt(output: Path) -> str:
+    """What is left of a run that Ctrl-C ended."""
+    if any(output.glob("checkpoint-*")):
+        return "interrupted; the same command with resume=true goes on from the last checkpoint"
+    return (
+        "interrupted before the first checkpoint, so nothing was saved; save_steps=N makes one every N steps"
+    )

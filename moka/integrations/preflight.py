@@ -134,6 +134,18 @@ def check_dtypes(unit: nn.Module, blocks: list[nn.Module]) -> None:
         )
 
 
+def require_adapter(model: nn.Module) -> None:
+    """Without one nothing could be saved, which would show at the first checkpoint only.
+
+    Raises:
+        StateError: the model has none of `moka.inject`.
+    """
+    if not getattr(model, "moka_config", {}):
+        if adapter_layers(model):
+            raise StateError("the model holds adapters of peft; train it with transformers.Trainer")
+        raise StateError("the model holds no adapter; call moka.inject first")
+
+
 def check_storage(model: nn.Module, storage: torch.dtype) -> None:
     """FSDP2 must be able to hold the weights of bitsandbytes; `storage` is what moka's own are held as.
 

@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from ..checkpoint import load_adapter, save_adapter
 from ..data import IGNORED, answer_positions
 from ..errors import CheckpointFormatError, NonFiniteError, StateError
-from ..inject import adapter_layers
 from ..layout import is_sharded
 from ..safefile import write_atomic
 from .distributed import any_process, full_optimizer_state, load_full_optimizer_state, prepare_base
-from .preflight import check_accelerator, check_distributed, is_fsdp_module
+from .preflight import check_accelerator, check_distributed, is_fsdp_module, require_adapter
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -44,16 +43,9 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as transformers names them
 #: Arguments that must be the same on every process, or some would wait for steps that others do not take.
 SHARED_ARGUMENTS = (
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "max_grad_norm",
-    "save_strategy",
-    "save_steps",
-    "seed",
-)
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "max_grad_norm", "save_strategy", "save_steps", "seed",
+)  # fmt: skip
 
 
 class MokaTrainer(Trainer):
@@ -85,7 +77,7 @@ class MokaTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_accelerator(self.accelerator, self.model)
-        _require_adapter(self.accelerator.unwrap_model(self.model))
+        require_adapter(self.accelerator.unwrap_model(self.model))
         self._sharded = self.is_fsdp_enabled or is_fsdp_module(self.model)
         if is_fsdp_module(self.model):
             # moka.shard has done what accelerate would do, which would else wrap the model in DDP
@@ -352,14 +344,6 @@ def checkpoint_problem(folder: Path) -> str | None:
         if not path.is_file() or path.stat().st_size != size:
             return f"incomplete: {name} is missing or is not {size} bytes long"
     return None
-
-
-def _require_adapter(model: nn.Module) -> None:
-    """Without one nothing could be saved, which would show at the first checkpoint only."""
-    if not getattr(model, "moka_config", {}):
-        if adapter_layers(model):
-            raise StateError("the model holds adapters of peft; train it with transformers.Trainer")
-        raise StateError("the model holds no adapter; call moka.inject first")
 
 
 def _require_optimizer(folder: Path) -> None:
