@@ -1,7 +1,7 @@
 """Starts, learning rates, pruning and small files: the embedded model (or another) after a few dozen steps.
 
     python benchmarks/family.py starts DATA FOLDER [--steps 60] [--seeds 3]
-    python benchmarks/family.py rates DATA FOLDER [--steps 30]
+    python benchmarks/family.py rates DATA FOLDER [--steps 30] [--seeds 3]
     python benchmarks/family.py prune DATA FOLDER [--steps 60] [--seeds 3]
     python benchmarks/family.py quantized DATA FOLDER [--steps 60] [--seeds 3]
     python benchmarks/family.py layers - FOLDER [--sizes 4096x4096] [--tokens 512]
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import tempfile
 import time
@@ -158,16 +159,15 @@ def prune(task: Task, options: argparse.Namespace) -> None:
 
 def rates(task: Task, options: argparse.Namespace) -> None:
     table = Table(options.folder / "family_rates.csv", facts("transformers"))
-    batches, probe = task.batches(0)[: options.steps], task.probe()
-    for scale in options.scales:
-        for k in (1, 4, 16):
-            for lr in options.rates:
-                model = task.adapted(0, r=k, shapes="even", scale=None if scale == "r" else scale)
-                losses, steps = train(model, batches, probe, lr)
-                table.add(
-                    scale=scale, k=k, lr=lr, steps=steps[-1], first_loss=round(losses[0], 5),
-                    last_loss=round(losses[-1], 5),
-                )  # fmt: skip
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for seed, scale, k, lr in itertools.product(seeds, options.scales, (1, 4, 16), options.rates):
+        batches, probe = task.batches(seed)[: options.steps], task.probe()
+        model = task.adapted(seed, r=k, shapes="even", scale=None if scale == "r" else scale)
+        losses, steps = train(model, batches, probe, lr)
+        table.add(
+            scale=scale, seed=seed, k=k, lr=lr, steps=steps[-1], first_loss=round(losses[0], 5),
+            last_loss=round(losses[-1], 5),
+        )  # fmt: skip
 
 
 def quantized(task: Task, options: argparse.Namespace) -> None:

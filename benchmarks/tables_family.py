@@ -27,15 +27,23 @@ def starts() -> str:
 
 
 def rates() -> str:
-    """A scale and number of components per line, a learning rate per column; the best is bold."""
+    """A scale and number of components per line, a learning rate per column; the best is bold. Means over the
+    seeds, of the rates that each of them has.
+    """
     rows = read("family_rates.csv")
-    columns = sorted({float(row["lr"]) for row in rows})
+    means: dict[tuple[str, str], dict[float, float]] = {}
+    seeds = {scale: len({row["seed"] for row in rows if row["scale"] == scale}) for scale in ("sqrt", "r")}
+    for scale, k, lr in dict.fromkeys((row["scale"], row["k"], row["lr"]) for row in rows):
+        losses = [
+            float(row["last_loss"]) for row in rows if (row["scale"], row["k"], row["lr"]) == (scale, k, lr)
+        ]
+        if len(losses) == seeds[scale]:
+            means.setdefault((scale, k), {})[float(lr)] = sum(losses) / len(losses)
+    columns = sorted({lr for own in means.values() for lr in own})
     lines = []
-    for scale, k in dict.fromkeys((row["scale"], row["k"]) for row in rows):
-        own = {float(r["lr"]): float(r["last_loss"]) for r in rows if (r["scale"], r["k"]) == (scale, k)}
+    for (scale, k), own in means.items():
         shown = {lr: f"**{v:.3f}**" if v == min(own.values()) else f"{v:.3f}" for lr, v in own.items()}
-        cells = [shown.get(lr, "") for lr in columns]
-        lines.append([f"{scale}, k = {k}", *cells])
+        lines.append([f"{scale}, k = {k}, seeds: {seeds[scale]}", *(shown.get(lr, "") for lr in columns)])
     header = [f"loss after {rows[0]['steps']} steps; scale", *(f"{lr:g}" for lr in columns)]
     return markdown(header, lines) + machine(rows)
 
