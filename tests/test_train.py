@@ -13,12 +13,11 @@ import torch
 from tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 import moka
-from moka.checkpoint import WEIGHTS
 from moka.data import IGNORED, Collator, TextDataset, rows_of
-from moka.errors import CheckpointFormatError, CheckpointMismatchError, DataError, NonFiniteError, StateError
+from moka.errors import CheckpointFormatError, CheckpointMismatchError, NonFiniteError, StateError
 from moka.integrations import trainer as module
 from moka.integrations.trainer import GroupedByLength, MokaTrainer, last_complete_checkpoint
-from moka.train import RunConfig, run, train, training_arguments
+from moka.train import RunConfig, train, training_arguments
 
 TOKENIZER = tiny_tokenizer()
 OBJECTS = [
@@ -155,31 +154,6 @@ def test_resume_with_another_rank_is_refused(whole, tmp_path):
     checkpoint = str(Path(whole[0].output) / "checkpoint-2")
     with pytest.raises(CheckpointMismatchError, match="r"):
         make_trainer(settings(tmp_path, adapter={"r": 2})).train(resume_from_checkpoint=checkpoint)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses what transformers deprecates
-def test_a_model_that_could_not_be_saved_is_refused_before_training(tmp_path):
-    with pytest.raises(StateError, match=r"no adapter; call moka\.inject"):
-        make_trainer(settings(tmp_path), tiny_model())
-    peft = pytest.importorskip("peft")
-    from moka.integrations.peft import MokaConfig
-
-    model = peft.get_peft_model(tiny_model(), MokaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    with pytest.raises(StateError, match=r"adapters of peft; train it with transformers\.Trainer"):
-        make_trainer(settings(tmp_path), model)
-
-
-def test_the_best_model_is_loaded_at_the_end(tmp_path):
-    trainer = make_trainer(settings(tmp_path))
-    trainer.eval_dataset = trainer.train_dataset
-    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "loss"
-    trainer.args.greater_is_better = True  # the worst loss: that of an early step
-    trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 2
-    trainer.train()
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best.name == "checkpoint-2"
-    expected = moka.load_adapter(tiny_model(), best)
-    assert_equal(adapter_state(trainer.model), adapter_state(expected))
 
 
 def test_sigterm_saves_at_the_end_of_the_step(whole, tmp_path):
@@ -332,19 +306,6 @@ def test_a_run_writes_its_results(tmp_path):
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(StateError, match="resume=true"):
         train(config, tiny_model(), TOKENIZER, rows_of(OBJECTS, "x"))
-
-
-def test_a_run_is_refused_before_its_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("moka.train.load_model", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
-        run(settings(tmp_path, data="nowhere.jsonl"))
-    (tmp_path / "checkpoint-2").mkdir()
-    with pytest.raises(StateError, match="resume=true"):
-        run(settings(tmp_path))
-    (tmp_path / "checkpoint-2").rename(tmp_path / "other")
-    (tmp_path / WEIGHTS).touch()
-    with pytest.raises(StateError, match="the adapter of another run"):
-        run(settings(tmp_path))
 
 
 def test_train_resumes_from_its_output(tmp_path):
