@@ -24,6 +24,7 @@ import bitsandbytes as bnb
 import peft
 import torch
 from cuda_timing import Table, ceilings, facts, steps
+from peers import cast_trained
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -71,12 +72,10 @@ def bitsandbytes(model: Any) -> Any:
 
 
 def lora(model: Any, targets: Any, r: int, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """peft's QLoRA, adapters in a dtype; peft makes them in fp32."""
+    """peft's QLoRA, adapters in a dtype."""
     adapter = peft.LoraConfig(r=r, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, adapter)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    cast_trained(model, dtype)
     return model
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import bitsandbytes as bnb
 import peft
 import torch
-from peers import PlainMoka
+from peers import PlainMoka, cast_trained
 from torch import Tensor, nn
 
 import moka
@@ -68,9 +68,7 @@ def with_peft(base: nn.Module, config: peft.PeftConfig) -> nn.Module:
     """An adapter of peft, its weights in bf16 as in mixed-precision training."""
     config.target_modules = {"proj"}
     model = peft.get_peft_model(Holder(base), config).train()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPE)
+    cast_trained(model, DTYPE)
     return model.get_submodule("base_model.model.proj")
 
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from cuda_timing import Table, facts
 from parity import evaluate
+from peers import cast_trained
 from timing import measure
 from torch import Tensor
 
@@ -208,7 +209,8 @@ def layers(options: argparse.Namespace) -> None:
         ).to(device)
         models = {"frozen": base}
         lora = peft.LoraConfig(target_modules=["0"], r=8)
-        models["peft LoRA r=8"] = _cast(peft.get_peft_model(copy.deepcopy(base), lora), dtype)
+        models["peft LoRA r=8"] = peft.get_peft_model(copy.deepcopy(base), lora)
+        cast_trained(models["peft LoRA r=8"], dtype)
         for name, (preset, fields) in VARIANTS.items():
             own = moka.preset(preset, target_modules=["0"], **fields)
             models[f"moka {name}"] = moka.inject(copy.deepcopy(base), own)
@@ -224,14 +226,6 @@ def layers(options: argparse.Namespace) -> None:
                 median_ms=round(own.median_ms, 2), p20_ms=round(own.p20_ms, 2), p80_ms=round(own.p80_ms, 2),
                 ratio_to_peft_lora=round(own.median_ms / peer.median_ms, 3),
             )  # fmt: skip
-
-
-def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its trained parameters in the dtype."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def _step(model: torch.nn.Module, x: Tensor, grad: Tensor, call: int) -> None:

@@ -15,6 +15,13 @@ from torch import Tensor, nn
 import moka
 
 
+def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts the trained parameters into a dtype; peft makes its own in fp32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def plain_mixture(x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], alpha: Tensor) -> Tensor:
     """`sum_i alpha_i (A_i kron B_i) x` as the equation reads: a loop, each component in its cheaper order."""
     y = None

@@ -52,16 +52,16 @@ class FusedLora(Substitute):
         return functional.nf4_lora(x, weight, bias, *update, dtype)
 
 
-#: Which of them peft takes depends on whether the model says that it is loaded in 4 bits.
-LORA_CLASSES = (("peft.tuners.lora.bnb", "Linear4bit"), ("peft.tuners.lora.layer", "Linear"))
-
-
 class Update(NamedTuple):
     """A [r, K], B [N, r] and their scale."""
 
     A: Tensor
     B: Tensor
     scale: float
+
+
+#: Which of them peft takes depends on whether the model says that it is loaded in 4 bits.
+LORA_CLASSES = (("peft.tuners.lora.bnb", "Linear4bit"), ("peft.tuners.lora.layer", "Linear"))
 
 
 def lora_class(module: Any) -> type[nn.Module] | None:

@@ -36,6 +36,7 @@ from .inject import (
     adapter_layers,
     check_adapter_name,
     eject,
+    holds_adapters_of_peft,
     inject,
     saved_modules,
     set_adapter,
@@ -96,7 +97,7 @@ def save_adapter(
     if quantize is not None and quantize not in SCHEMES:
         raise ConfigError(f"quantize: got {quantize!r}, expected one of {(None, *SCHEMES)}")
     configs = getattr(model, "moka_config", {})
-    if not configs and adapter_layers(model):
+    if holds_adapters_of_peft(model):
         raise StateError("the model holds adapters of peft; save them with model.save_pretrained(folder)")
     if adapter_name not in configs:
         raise StateError(f"adapter {adapter_name!r} does not exist; the model has {list(configs)}")
@@ -177,7 +178,7 @@ def load_adapter(
         >>> model = moka.load_adapter(model, "out/")          # doctest: +SKIP
     """
     check_adapter_name(adapter_name)
-    if not getattr(model, "moka_config", {}) and adapter_layers(model):
+    if holds_adapters_of_peft(model):
         raise StateError("the model holds adapters of peft; load further ones with model.load_adapter")
     directory = Path(directory)
     where = str(directory / WEIGHTS)

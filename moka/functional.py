@@ -241,13 +241,12 @@ def is_low_rank(x: Tensor, base: tuple, mixture: tuple) -> bool:
     Args:
         x, base, mixture: as for `linear`; whose sizes disagree is left to the operator that says so.
     """
-    N, K = base[-2:]
     columns, rows, alpha, shapes = mixture
-    r = len(shapes) // 5
-    if r == 0 or tuple(shapes) != (N, 1, 1, K, 0) * r:
+    if not shapes or any(t.dtype != torch.float32 for t in (x, columns, rows, alpha)):
         return False
+    (N, K), r = base[-2:], len(shapes) // 5
     sizes = (columns.numel(), rows.numel(), alpha.numel(), x.shape[-1]) == (r * N, r * K, r, K)
-    return sizes and all(t.dtype == torch.float32 for t in (x, columns, rows, alpha))
+    return sizes and tuple(shapes) == (N, 1, 1, K, 0) * r
 
 
 def as_lora(mixture: tuple) -> tuple[Tensor, Tensor]:

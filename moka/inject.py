@@ -133,6 +133,11 @@ def adapter_layers(model: nn.Module) -> dict[str, MokaLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, MokaLinear)}
 
 
+def holds_adapters_of_peft(model: nn.Module) -> bool:
+    """Whether the model was adapted by peft's call, so that its adapters are peft's to train and to save."""
+    return not getattr(model, "moka_config", {}) and bool(adapter_layers(model))
+
+
 def saved_modules(model: nn.Module) -> dict[str, TrainedCopy]:
     """Path -> module that an adapter trains in full (`modules_to_save`)."""
     return {path: module for path, module in model.named_modules() if isinstance(module, TrainedCopy)}

@@ -25,11 +25,8 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:  # which ends quietly
             raise
-        except (
-            MokaError,
-            ImportError,
-            OSError,
-        ) as error:  # also no permission, a full disk, a file in the way
+        # OSError: no permission, a full disk, a file in the way
+        except (MokaError, ImportError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
             err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

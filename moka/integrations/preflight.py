@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..bases import NF4Linear, is_linear4bit
 from ..errors import ConfigError, StateError
-from ..inject import adapter_layers
+from ..inject import adapter_layers, holds_adapters_of_peft
 from ..layout import is_sharded
 
 FSDP1 = (
@@ -140,9 +140,9 @@ def require_adapter(model: nn.Module) -> None:
     Raises:
         StateError: the model has none of `moka.inject`.
     """
+    if holds_adapters_of_peft(model):
+        raise StateError("the model holds adapters of peft; train it with transformers.Trainer")
     if not getattr(model, "moka_config", {}):
-        if adapter_layers(model):
-            raise StateError("the model holds adapters of peft; train it with transformers.Trainer")
         raise StateError("the model holds no adapter; call moka.inject first")
 
 

@@ -242,7 +242,7 @@ class MokaTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best: Any = self.state.best_model_checkpoint
-        load_adapter(self.accelerator.unwrap_model(self.model), best)
+        self._load_from_checkpoint(best)
 
     @contextlib.contextmanager
     def _sigterm_stops(self) -> Iterator[None]:
