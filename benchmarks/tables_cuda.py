@@ -169,7 +169,8 @@ def machine(rows: Rows) -> str:
     names = ("torch", "bitsandbytes", "peft", "transformers", "liger-kernel", "lycoris-lora")
     versions = ", ".join(f"{name} {row[name]}" for name in names if row.get(name))
     where = "CPU" if row["gpu"] == "none" else row["gpu"]
-    return f"\n{where}{rates}; {versions}; commit {row['commit']}, {row['date']}.\n"
+    commits = "; ".join(dict.fromkeys(f"commit {row['commit']}, {row['date']}" for row in rows))
+    return f"\n{where}{rates}; {versions}; {commits}.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
