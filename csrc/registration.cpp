@@ -7,7 +7,7 @@
 //               ma, na, mb, nb, identity; kernels/params.h)
 //               nf4_linear_rows: one of several mixtures for each row of x, A [adapters, entries of all A_i], B
 //               likewise, alpha [adapters, r], adapter [rows] int32 (below 0: no mixture)
-//   nf4_lora, nf4_linear_lora
+//   nf4_lora, nf4_linear_lora, lora_grad
 //               A [r, K], B [N, r]; dtypes of the products with W (compute) and with A and B (low)
 //   path        "auto", "merged" or "factored": how the mixture is computed (ops/choose.h)
 #include <pybind11/pybind11.h>
@@ -43,6 +43,7 @@ TORCH_LIBRARY(moka, m) {
       "nf4_linear_lora(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, "
       "int blocksize, int blocksize2, int N, int K, Tensor? bias, "
       "Tensor A, Tensor B, Tensor u, float scale, bool transpose, ScalarType dtype) -> Tensor");
+  m.def("lora_grad(Tensor grad_y, Tensor B, Tensor u, float scale) -> (Tensor grad_u, Tensor grad_B)");
   m.def("kron_add(Tensor weight, Tensor A, Tensor B, Tensor alpha, int[] shapes) -> Tensor");
   m.def(
       "kron_mix(Tensor x, Tensor A, Tensor B, Tensor alpha, int[] shapes, bool transpose, Tensor? add) -> "

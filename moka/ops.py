@@ -63,6 +63,10 @@ def _register_fakes() -> None:
           transpose, dtype):  # fmt: skip
         return x.new_empty((*x.shape[:-1], K if transpose else N), dtype=dtype)
 
+    @torch.library.register_fake("moka::lora_grad")
+    def _(grad_y, B, u, scale):
+        return torch.empty_like(u), torch.empty_like(B)
+
     @torch.library.register_fake("moka::kron_add")
     def _(weight, A, B, alpha, shapes):
         return torch.empty_like(weight, memory_format=torch.contiguous_format)

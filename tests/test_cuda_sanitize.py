@@ -93,6 +93,13 @@ def lora(rank, adapter_dtype):
         check(y, x.double() @ effective)
 
 
+def lora_grad(tokens, N, rank):
+    dy, B, u = (shifted(*sizes).to(BF16) for sizes in ((tokens, N), (N, rank), (tokens, rank)))
+    grad_u, grad_B = ops.lora_grad(*on_gpu((dy, B, u)), 0.5)
+    check(grad_u, dy.double() @ B.double())
+    check(grad_B, 0.5 * dy.double().T @ u.double(), reduces_tokens=True)
+
+
 def mix(dtype):
     m = Mixture(MIXTURES["periodic"], 5, dtype, make=shifted)
     y = ops.kron_mix(*on_gpu((m.x, *m.params, m.flat_shapes, False, None)))
@@ -121,6 +128,7 @@ CASES = {
     **{f"linear {args}": (linear, *args) for args in product((1, 9, 33, 70), (48, 128), (False, True))},
     **{f"rows {args}": (rows, *args) for args in ((5, 48), (40, 128))},
     **{f"lora {rank} {d}": (lora, rank, d) for rank in (3, 24) for d in (BF16, torch.float32)},
+    **{f"lora gradients {args}": (lora_grad, *args) for args in ((513, 264, 8), (600, 512, 16))},
     **{f"mix {d}": (mix, d) for d in (BF16, torch.float32)},
     # in fp32: initcheck does not see what cuBLAS' 16-bit kernels store
     **{f"gradients {name}": (gradients, MIXTURES[name], torch.float32) for name in MIXTURES},

@@ -262,6 +262,7 @@ def op_cases():
                 torch.bfloat16,
             ),
         ),
+        "lora_grad": (ops.lora_grad.default, (dy, torch.randn(N, 3), torch.randn(5, 3), 2.0)),
         "dense_linear": (
             ops.dense_linear.default,
             (x, torch.randn(N, K), bias, *mixture, shapes, "factored"),

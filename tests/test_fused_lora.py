@@ -319,24 +319,3 @@ def test_compiles_in_one_graph(autocast, device):
             want, got = (run(model, x, dy, autocast) for model in (block, compiled))
             assert len(want) == len(got) == 4 and all(map(torch.equal, want.values(), got.values()))
     assert counter.frame_count == 2  # one for each adapter
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": torch.zeros(5, K + 1)}, ValueError, "x: expected shape"),
-        ({"A": torch.zeros(3, K + 1)}, ValueError, r"A, B: expected \[r, 192\] and \[128, r\]"),
-        ({"B": torch.zeros(N, 4)}, ValueError, "A, B: expected"),
-        ({"B": torch.zeros(N, 3).double()}, TypeError, "A, B, u: expected one dtype"),
-        ({"u": torch.zeros(4, 3)}, ValueError, r"u: expected \[5, 3\]"),
-    ],
-)
-def test_wrong_arguments(change, error, message):
-    weight = nf4.quantize(torch.randn(N, K)).op_args()
-    good = {"x": torch.zeros(5, K), "A": torch.zeros(3, K), "B": torch.zeros(N, 3), "u": torch.zeros(5, 3)}
-    x, A, B, u = (good | change).values()
-    with pytest.raises(error, match=message):
-        torch.ops.moka.nf4_linear_lora(x, *weight, None, A, B, u, 1.0, False, torch.float32)
-    if "u" not in change and error is ValueError:
-        with pytest.raises(error, match=message):
-            functional.nf4_lora(x, weight, None, A, B, 1.0, torch.float32)

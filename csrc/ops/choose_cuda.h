@@ -7,6 +7,7 @@
 #include "kernels/build_lora_cuda.h"
 #include "kernels/decode_cuda.h"
 #include "kernels/kron_grad_sm90.h"
+#include "kernels/lora_grad_cuda.h"
 #include "kernels/nf4_gemm_sm90.h"
 
 namespace moka::cuda {
@@ -58,6 +59,11 @@ inline bool merges_lora(int64_t tokens, const Nf4Params& w, const at::Tensor& A,
                         at::ScalarType result) {
   const bool dtypes = sixteen_bit(x) && result == x && (A.scalar_type() == x || A.scalar_type() == at::kFloat);
   return dtypes && tokens > 512 && build_lora_supports(w, 4 * A.size(0));
+}
+
+// Both products with dy of a low-rank update's backward in one pass over it.
+inline bool reads_once(const LoraGradShape& shape, at::ScalarType dtype) {
+  return sixteen_bit(dtype) && shape.tokens > 512 && lora_grad_supports(shape);
 }
 
 // Parameter gradients: through the factors where the Hopper kernel knows the shapes, or where all are columns and rows

@@ -1,4 +1,4 @@
-// nf4_linear_lora from the other operators.
+// nf4_linear_lora and lora_grad from the other operators.
 #include "lora.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -44,6 +44,28 @@ at::Tensor nf4_linear_lora_apart(const at::Tensor& x, const at::Tensor& packed, 
   return y;
 }
 
-TORCH_LIBRARY_IMPL(moka, CPU, m) { m.impl("nf4_linear_lora", &nf4_linear_lora_apart); }
+void check_lora_grad(const at::Tensor& grad_y, const at::Tensor& B, const at::Tensor& u) {
+  TORCH_CHECK_VALUE(grad_y.dim() == 2 && B.dim() == 2 && u.dim() == 2 && B.size(0) == grad_y.size(1) &&
+                        u.size(0) == grad_y.size(0) && u.size(1) == B.size(1),
+                    "grad_y, B, u: expected [tokens, N], [N, r] and [tokens, r], got ", grad_y.sizes(), ", ", B.sizes(),
+                    " and ", u.sizes());
+  TORCH_CHECK_TYPE(grad_y.scalar_type() == B.scalar_type() && B.scalar_type() == u.scalar_type(),
+                   "grad_y, B, u: expected one dtype, got ", grad_y.scalar_type(), ", ", B.scalar_type(), " and ",
+                   u.scalar_type());
+  check_device("B", B, "grad_y", grad_y);
+  check_device("u", u, "grad_y", grad_y);
+}
+
+std::tuple<at::Tensor, at::Tensor> lora_grad_apart(const at::Tensor& grad_y, const at::Tensor& B, const at::Tensor& u,
+                                                   double scale) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  check_lora_grad(grad_y, B, u);
+  return {at::mm(grad_y, B), at::addmm(B, grad_y.t(), u, 0, scale)};
+}
+
+TORCH_LIBRARY_IMPL(moka, CPU, m) {
+  m.impl("nf4_linear_lora", &nf4_linear_lora_apart);
+  m.impl("lora_grad", &lora_grad_apart);
+}
 
 }  // namespace moka

@@ -1,5 +1,8 @@
-// y = W x + b + s u B^T with u = x A^T at hand (transposed: W^T x + s u A with u = x B): what the backends share.
+// y = W x + b + s u B^T with u = x A^T at hand (transposed: W^T x + s u A with u = x B), and gradients with respect to
+// u and B: what the backends share.
 #pragma once
+
+#include <tuple>
 
 #include "operators.h"
 
@@ -15,5 +18,12 @@ at::Tensor nf4_linear_lora_apart(const at::Tensor& x, const at::Tensor& packed, 
                                  const OptionalTensor& offset, int64_t blocksize, int64_t blocksize2, int64_t N,
                                  int64_t K, const OptionalTensor& bias, const at::Tensor& A, const at::Tensor& B,
                                  const at::Tensor& u, double scale, bool transpose, at::ScalarType dtype);
+
+// grad_y [tokens, N], B [N, r] and u [tokens, r] of one dtype, all on one device.
+void check_lora_grad(const at::Tensor& grad_y, const at::Tensor& B, const at::Tensor& u);
+
+// grad_y B and scale grad_y^T u: a pass over grad_y each.
+std::tuple<at::Tensor, at::Tensor> lora_grad_apart(const at::Tensor& grad_y, const at::Tensor& B, const at::Tensor& u,
+                                                   double scale);
 
 }  // namespace moka

@@ -1,4 +1,5 @@
-// nf4_linear_lora on CUDA: many tokens go through one dense copy of the weight that holds the update.
+// Low-rank updates on CUDA: many tokens go through one dense copy of the weight that holds the update, and their
+// gradients are read once.
 #include <torch/library.h>
 
 #include "choose_cuda.h"
@@ -51,8 +52,29 @@ at::Tensor nf4_linear_lora(const at::Tensor& x, const at::Tensor& packed, const 
   return (bias ? at::addmm(*bias, rows, weight) : at::mm(rows, weight)).view(sizes);
 }
 
+std::tuple<at::Tensor, at::Tensor> lora_grad(const at::Tensor& grad_y, const at::Tensor& B, const at::Tensor& u,
+                                             double scale) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  check_lora_grad(grad_y, B, u);
+  const LoraGradShape shape = {grad_y.size(0), B.size(0), B.size(1)};
+  if (!reads_once(shape, grad_y.scalar_type())) return lora_grad_apart(grad_y, B, u, scale);
+  const c10::cuda::CUDAGuard guard(grad_y.device());
+  const at::Tensor dy = aligned_rows(grad_y, shape.N), b = aligned_rows(B, shape.rank),
+                   rows = aligned_rows(u, shape.rank);
+  at::Tensor grad_u = at::empty_like(rows), grad_B = at::empty_like(b);
+  const at::Tensor scratch = at::empty({lora_grad_scratch(shape)}, dy.options().dtype(at::kFloat));
+  C10_CUDA_CHECK(launch_lora_grad(dy.const_data_ptr(), b.const_data_ptr(), rows.const_data_ptr(), shape,
+                                  static_cast<float>(scale), dtype_of(dy.scalar_type()),
+                                  scratch.mutable_data_ptr<float>(), grad_u.mutable_data_ptr(),
+                                  grad_B.mutable_data_ptr(), current_stream()));
+  return {grad_u, grad_B};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(moka, CUDA, m) { m.impl("nf4_linear_lora", &nf4_linear_lora); }
+TORCH_LIBRARY_IMPL(moka, CUDA, m) {
+  m.impl("nf4_linear_lora", &nf4_linear_lora);
+  m.impl("lora_grad", &lora_grad);
+}
 
 }  // namespace moka::cuda
