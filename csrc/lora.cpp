@@ -34,16 +34,15 @@ Tensor product(const Tensor& x, const Weight& w, const OptionalTensor& bias, con
 
 Tensor rows(const Tensor& t, at::ScalarType dtype) { return cast(t.reshape_symint({-1, t.sym_size(-1)}), dtype); }
 
-// grad_y B and scale grad_y^T u.
-std::tuple<Tensor, Tensor> products_with_grad(const Tensor& grad_y, const Tensor& B, const Tensor& u, double scale) {
+// grad_u = grad_y B, without the scale; scale grad_u^T x, scale grad_y^T u, in the dtypes of the parameters.
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_y, const OptionalTensor& x, const Tensor& A,
+                                             const Tensor& B, const OptionalTensor& u, double scale,
+                                             at::ScalarType dtype_A, at::ScalarType dtype_B) {
   static const auto op =
-      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>("moka::lora_grad");
-  return op.call(grad_y, B, u, scale);
-}
-
-// scale (a^T b). `like` has the shape of the result; its values do not matter.
-Tensor parameter_grad(const Tensor& like, const Tensor& a, const Tensor& b, double scale) {
-  return at::addmm(like, a.t(), b, 0, scale);
+      find_op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                                 const OptionalTensor&, double, at::ScalarType, at::ScalarType)>(
+          "moka::lora_grad");
+  return op.call(grad_y, x, A, B, u, scale, dtype_A, dtype_B);
 }
 
 struct Lora : torch::autograd::Function<Lora> {
@@ -82,14 +81,15 @@ struct Lora : torch::autograd::Function<Lora> {
       const bool need_x = ctx->needs_input_grad(edge++);
       const bool need_bias = args[1].toBool() && ctx->needs_input_grad(edge++);
       const bool need_A = ctx->needs_input_grad(edge++), need_B = ctx->needs_input_grad(edge++);
-      const Tensor grad_low = rows(grad_y, A.scalar_type());
-      Tensor grad_u, grad_B;  // the former without the scale
-      if (need_B && (need_x || need_A))
-        std::tie(grad_u, grad_B) = products_with_grad(grad_low, B, u, scale);
-      else if (need_B)
-        grad_B = parameter_grad(B, grad_low, u, scale);
-      else if (need_x || need_A)
-        grad_u = at::mm(grad_low, B);
+      Tensor grad_u, grad_A, grad_B;
+      if (need_x || need_A || need_B) {
+        const at::ScalarType low = A.scalar_type();
+        std::tie(grad_u, grad_A, grad_B) =
+            gradients(rows(grad_y, low), need_A ? OptionalTensor(rows(x, low)) : std::nullopt, A, B,
+                      need_B ? OptionalTensor(u) : std::nullopt, scale, dtype(4), dtype(5));
+      }
+      if (need_A) out[2] = grad_A;
+      if (need_B) out[3] = grad_B;
       if (need_x || need_bias) {
         const Tensor grad = cast(grad_y, dtype(3));
         if (need_bias) out[1] = rows(grad, grad.scalar_type()).sum(0);
@@ -98,8 +98,6 @@ struct Lora : torch::autograd::Function<Lora> {
           out[0] = product(grad, weight, std::nullopt, A, B, grad_u, scale, true, grad_y.scalar_type());
         }
       }
-      if (need_A) out[2] = cast(parameter_grad(A, grad_u, rows(x, A.scalar_type()), scale), dtype(4));
-      if (need_B) out[3] = cast(grad_B, dtype(5));
     }
     return once_differentiable(std::move(out));
   }

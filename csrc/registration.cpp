@@ -43,7 +43,9 @@ TORCH_LIBRARY(moka, m) {
       "nf4_linear_lora(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, "
       "int blocksize, int blocksize2, int N, int K, Tensor? bias, "
       "Tensor A, Tensor B, Tensor u, float scale, bool transpose, ScalarType dtype) -> Tensor");
-  m.def("lora_grad(Tensor grad_y, Tensor B, Tensor u, float scale) -> (Tensor grad_u, Tensor grad_B)");
+  m.def(
+      "lora_grad(Tensor grad_y, Tensor? x, Tensor A, Tensor B, Tensor? u, float scale, ScalarType dtype_A, "
+      "ScalarType dtype_B) -> (Tensor grad_u, Tensor grad_A, Tensor grad_B)");
   m.def("kron_add(Tensor weight, Tensor A, Tensor B, Tensor alpha, int[] shapes) -> Tensor");
   m.def(
       "kron_mix(Tensor x, Tensor A, Tensor B, Tensor alpha, int[] shapes, bool transpose, Tensor? add) -> "

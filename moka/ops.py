@@ -64,8 +64,10 @@ def _register_fakes() -> None:
         return x.new_empty((*x.shape[:-1], K if transpose else N), dtype=dtype)
 
     @torch.library.register_fake("moka::lora_grad")
-    def _(grad_y, B, u, scale):
-        return torch.empty_like(u), torch.empty_like(B)
+    def _(grad_y, x, A, B, u, scale, dtype_A, dtype_B):
+        grad_A = A.new_empty((0,) if x is None else A.shape, dtype=dtype_A)
+        grad_B = B.new_empty((0,) if u is None else B.shape, dtype=dtype_B)
+        return grad_y.new_empty((grad_y.shape[0], A.shape[0])), grad_A, grad_B
 
     @torch.library.register_fake("moka::kron_add")
     def _(weight, A, B, alpha, shapes):

@@ -94,10 +94,12 @@ def lora(rank, adapter_dtype):
 
 
 def lora_grad(tokens, N, rank):
-    dy, B, u = (shifted(*sizes).to(BF16) for sizes in ((tokens, N), (N, rank), (tokens, rank)))
-    grad_u, grad_B = ops.lora_grad(*on_gpu((dy, B, u)), 0.5)
+    sizes = (tokens, N), (rank, 8), (N, rank), (tokens, rank)
+    dy, A, B, u = (shifted(*size).to(BF16) for size in sizes)
+    # the gradient of A is cuBLAS' business
+    grad_u, _, grad_B = ops.lora_grad(*on_gpu((dy, None, A, B, u)), 0.5, BF16, torch.float32)
     check(grad_u, dy.double() @ B.double())
-    check(grad_B, 0.5 * dy.double().T @ u.double(), reduces_tokens=True)
+    check(grad_B, 0.5 * dy.double().T @ u.double(), torch.float32, reduces_tokens=True)
 
 
 def mix(dtype):

@@ -262,7 +262,14 @@ def op_cases():
                 torch.bfloat16,
             ),
         ),
-        "lora_grad": (ops.lora_grad.default, (dy, torch.randn(N, 3), torch.randn(5, 3), 2.0)),
+        "lora_grad": (
+            ops.lora_grad.default,
+            (dy, x, torch.randn(3, K), torch.randn(N, 3), torch.randn(5, 3), 2.0, x.dtype, torch.float64),
+        ),
+        "lora_grad of x alone": (
+            ops.lora_grad.default,
+            (dy, None, torch.randn(3, K), torch.randn(N, 3), None, 2.0, x.dtype, x.dtype),
+        ),
         "dense_linear": (
             ops.dense_linear.default,
             (x, torch.randn(N, K), bias, *mixture, shapes, "factored"),

@@ -26,15 +26,20 @@ N, K = 128, 192
     ],
 )
 def test_products_with_the_gradient(tokens, N, r, dtype, device):
-    dy, B, u = (shifted(*sizes).to(dtype) for sizes in ((tokens, N), (N, r), (tokens, r)))
-    wanted = dy.double() @ B.double(), 0.5 * dy.double().T @ u.double()
-    plain = dy @ B, 0.5 * (dy.T @ u)
-    strided = [t.T.contiguous().T for t in (dy, B, u)]
-    results = [ops.lora_grad(*args, 0.5) for args in ((dy, B, u), (dy, B, u), strided)]
-    assert all(map(torch.equal, *results[:2]))
-    for result in results:
-        for got, want, eager in zip(result, wanted, plain, strict=True):
-            assert_close_by_rule(got, want, eager, dtype, reduces_tokens=True)
+    sizes = (tokens, N), (tokens, 40), (r, 40), (N, r), (tokens, r)
+    operands = [shifted(*size).div(8).to(dtype) for size in sizes]  # within the range of fp16
+    dy, x, _, B, u = (t.double() for t in operands)
+    wanted = dy @ B, 0.5 * (dy @ B).T @ x, 0.5 * dy.T @ u
+    for given in (dtype, torch.float32):  # of the parameters
+        strided = [t.T.contiguous().T for t in operands]
+        results = [ops.lora_grad(*args, 0.5, given, given) for args in (operands, operands, strided)]
+        assert all(map(torch.equal, *results[:2]))
+        for result in results:
+            for got, want, kind, count in zip(result, wanted, (dtype, given, given), (1, 2, 1), strict=True):
+                assert got.dtype == kind
+                assert_close_by_rule(got.to(dtype), want, None, dtype, count, reduces_tokens=True)
+    some = ops.lora_grad(operands[0], None, *operands[2:4], None, 0.5, dtype, dtype)
+    assert [t.numel() for t in some] == [tokens * r, 0, 0]
 
 
 @pytest.mark.cuda
@@ -77,12 +82,15 @@ def test_wrong_arguments(change, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"dy": torch.zeros(5, N + 1)}, ValueError, r"expected \[tokens, N\], \[N, r\] and \[tokens, r\]"),
-        ({"u": torch.zeros(5, 2)}, ValueError, "grad_y, B, u: expected"),
-        ({"B": torch.zeros(N, 3).double()}, TypeError, "grad_y, B, u: expected one dtype"),
+        ({"grad_y": torch.zeros(5, N + 1)}, ValueError, "grad_y, A, B: expected"),
+        ({"B": torch.zeros(N, 2)}, ValueError, "grad_y, A, B: expected"),
+        ({"x": torch.zeros(4, K)}, ValueError, r"x: expected \[5, 192\], got \[4, 192\]"),
+        ({"u": torch.zeros(5, 2)}, ValueError, r"u: expected \[5, 3\]"),
+        ({"A": torch.zeros(3, K).double()}, TypeError, "A: expected the dtype of grad_y"),
     ],
 )
 def test_wrong_arguments_of_the_gradient(change, error, message):
-    good = {"dy": torch.zeros(5, N), "B": torch.zeros(N, 3), "u": torch.zeros(5, 3)}
+    good = {"grad_y": torch.zeros(5, N), "x": torch.zeros(5, K), "A": torch.zeros(3, K)}
+    good |= {"B": torch.zeros(N, 3), "u": torch.zeros(5, 3)}
     with pytest.raises(error, match=message):
-        ops.lora_grad(*(good | change).values(), 1.0)
+        ops.lora_grad(*(good | change).values(), 1.0, torch.float32, torch.float32)

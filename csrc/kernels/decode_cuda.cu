@@ -2,8 +2,8 @@
 //
 // decode_kernel: W x on tensor cores, with the codes decoded in registers by a 256-entry table of pairs, one copy per
 // shared-memory bank; block scales are applied to sums over blocks of 64, in fp32; then the mixture's shares and the
-// bias are added and y is rounded once. Each launch overlaps the one before it: it fills its table, and only then
-// waits.
+// bias are added and y is rounded once. Each launch overlaps the one before it: it fills its table and fetches a
+// weight into the L2, and only then waits.
 #include "decode_cuda.h"
 #include "decode_mixture.cuh"
 
@@ -80,9 +80,11 @@ __host__ __device__ constexpr int decode_bytes() {
 // share out K. With a mixture the launch before is mixture_kernel, which lets this one start once the kernels before
 // it are complete: x may be read then, past the L1, but not yet the shares.
 template <typename T, int MT, int NT, int WARPS, bool kMixture>
-__global__ void __launch_bounds__(WARPS* kLanes, WARPS* MT == 8 ? 2 : 1)
+__global__ void __launch_bounds__(WARPS* kLanes, WARPS* MT == 8    ? 2
+                                                 : WARPS * MT == 4 ? 4
+                                                                   : 1)
     decode_kernel(const T* x, int tokens, const __grid_constant__ Nf4Params w, int shift2, const T* bias,
-                  const float* shares, int components, const int32_t* adapter, T* y) {
+                  const float* shares, int components, const int32_t* adapter, bool prefetch, T* y) {
   extern __shared__ __align__(16) uint8_t smem[];
   constexpr int kRows = 16 * MT, kStride = 8 * NT + 1;
   uint32_t* table = reinterpret_cast<uint32_t*>(smem);
@@ -95,6 +97,7 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS* MT == 8 ? 2 : 1)
 
   Fragment<MT> next;
   if (kMixture) let_next_start();
+  if (prefetch) prefetch_rows(w, shift2, row0, kRows);
   fill_table<T>(table);
   // The kernel in front may have written the weight. With a mixture that is the mixture's, which let this one start
   // only after everything in front of it had ended.
@@ -213,6 +216,7 @@ struct DecodeArgs {
         stream(stream) {
     while (!w.absmax && (int64_t{1} << shift2) < w.blocksize2) ++shift2;
   }
+  bool prefetches() const { return overlapping && w.N * w.K / 2 <= kPrefetchBytes; }
 };
 
 template <typename... Params, typename... Args>
@@ -228,7 +232,7 @@ template <typename T, typename TF>
 cudaError_t launch_mixture(const DecodeArgs& d) {
   const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
   const Adapters adapters = {d.mix.adapter, d.mix.a_stride, d.mix.b_stride};
-  const int fetchers = d.overlapping && d.w.N * d.w.K / 2 <= kPrefetchBytes ? kPrefetchBlocks : 0;
+  const int fetchers = d.prefetches() ? kPrefetchBlocks : 0;
   const dim3 grid(static_cast<unsigned>(fetchers + d.plan.blocks * d.tokens));
   return launch(d, mixture_kernel<T, TF>, grid, kMixtureThreads, mixture_bytes(d.plan, sizeof(TF)),
                 static_cast<const T*>(d.x), d.tokens, f, adapters, d.plan, d.w, d.shift2, fetchers, d.shares);
@@ -236,10 +240,13 @@ cudaError_t launch_mixture(const DecodeArgs& d) {
 
 template <typename T, int MT, int NT, int WARPS>
 cudaError_t launch_main(const DecodeArgs& d) {
-  auto* kernel = d.plan.r ? decode_kernel<T, MT, NT, WARPS, true> : decode_kernel<T, MT, NT, WARPS, false>;
+  constexpr bool kMixture = WARPS > 4;  // four warps are for a weight alone
+  auto* kernel =
+      kMixture && d.plan.r ? decode_kernel<T, MT, NT, WARPS, kMixture> : decode_kernel<T, MT, NT, WARPS, false>;
   const dim3 grid(static_cast<unsigned>(d.w.N / (16 * MT)), static_cast<unsigned>(ceil_div(d.tokens, 8 * NT)));
   return launch(d, kernel, grid, WARPS * kLanes, decode_bytes<MT, NT, WARPS>(), static_cast<const T*>(d.x), d.tokens,
-                d.w, d.shift2, static_cast<const T*>(d.bias), d.shares, d.plan.r, d.mix.adapter, static_cast<T*>(d.y));
+                d.w, d.shift2, static_cast<const T*>(d.bias), d.shares, d.plan.r, d.mix.adapter,
+                d.prefetches() && !d.plan.r, static_cast<T*>(d.y));
 }
 
 template <typename T>
@@ -255,7 +262,11 @@ cudaError_t decode(const DecodeArgs& d) {
   }
   // H100: 16 warps halve the time of a thread block, which pays where there is one per multiprocessor at most; two row
   // tiles read x half as often.
-  const bool few_rows = d.w.N / 16 <= d.multiprocessors;
+  const int64_t row_tiles = d.w.N / 16;
+  const bool few_rows = row_tiles <= d.multiprocessors;
+  // H200: of thread blocks that come in several waves, smaller ones take turns more evenly
+  if (!d.plan.r && row_tiles > 4 * d.multiprocessors && d.tokens <= 16)
+    return d.tokens <= 8 ? launch_main<T, 1, 1, 4>(d) : launch_main<T, 1, 2, 4>(d);
   if (d.tokens <= 8) return few_rows ? launch_main<T, 1, 1, 16>(d) : launch_main<T, 1, 1, 8>(d);
   if (few_rows) return launch_main<T, 1, 2, 16>(d);
   return d.w.N % 32 == 0 ? launch_main<T, 2, 2, 8>(d) : launch_main<T, 1, 2, 8>(d);

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kColumns* kWays, 1)
   const float alpha = __ldg(f.alpha + s.component);
   for (int e = (rank * kColumns + column) * 4; e < s.a && way == 0; e += kCluster * kColumns * 4)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(f.A + s.a_offset + e));
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // the slabs are there
+  wait_for_previous();  // the slabs are there
 
   float dot = 0.f;
   for (int e0 = rank * kColumns * 4; e0 < entries; e0 += kCluster * kColumns * 4) {

@@ -269,6 +269,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   while (g + 1 < p.plan.count && static_cast<int>(blockIdx.x) >= p.plan.group[g + 1].cta_begin) ++g;
   const int shape = p.plan.group[g].shape;
   with_shape<Shapes...>(shape, [&](auto c) { prepare<decltype(c)>(smem); });
+  wait_for_previous();
   if (threadIdx.x < 128) {
     set_registers_up<232>();
     with_shape<Shapes...>(shape, [&](auto c) { run_side<decltype(c), 0>(p, g, smem, partial); });
@@ -277,6 +278,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
     with_shape<Shapes...>(shape, [&](auto c) { run_side<decltype(c), 1>(p, g, smem, partial); });
   } else {
     set_registers_down<40>();
+    let_next_start();
     with_shape<Shapes...>(shape, [&](auto c) { run_producers<decltype(c)>(p, g, smem); });
   }
 #endif
@@ -288,8 +290,7 @@ cudaError_t launch_grad_family(GradFamily<Shapes...>, const GradLaunch& p, int s
   auto* kernel = kron_grad_kernel<Shapes...>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGradSmem);
   if (error != cudaSuccess) return error;
-  kernel<<<sms, kGradThreads, kGradSmem, stream>>>(p, partial);
-  return cudaGetLastError();
+  return launch_overlapping(kernel, dim3(sms), kGradThreads, kGradSmem, stream, true, p, partial);
 }
 
 // One file each, so that they compile in parallel.

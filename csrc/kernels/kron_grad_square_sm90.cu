@@ -286,7 +286,7 @@ __device__ void run(const GradLaunch& p, int g, uint8_t* smem, float* partial) {
   const int tiles = static_cast<int>(ceil_div(p.M, Tile<S>::kTokens));
   const int first = blockIdx.x - group.cta_begin, stride = group.cta_count;
   if constexpr (kRole == 2) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    let_next_start();
     if (threadIdx.x % 128 == 0) produce<S>(&p.t1[g], &p.t2[g], shared_address(smem), barriers, first, stride, tiles);
   } else {
     const int own = first < tiles ? (tiles - first + stride - 1) / stride : 0;
@@ -328,6 +328,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  wait_for_previous();
   if (threadIdx.x < 128) {
     set_registers_up<232>();
     run<0>(p, smem, partial);
@@ -347,8 +348,7 @@ cudaError_t launch_grad_square(const GradLaunch& p, int sms, float* partial, cud
   const cudaError_t error =
       cudaFuncSetAttribute(kron_grad_square_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem);
   if (error != cudaSuccess) return error;
-  kron_grad_square_kernel<<<sms, kGradThreads, kSmem, stream>>>(p, partial);
-  return cudaGetLastError();
+  return launch_overlapping(kron_grad_square_kernel, dim3(sms), kGradThreads, kSmem, stream, true, p, partial);
 }
 
 }  // namespace moka::cuda

@@ -4,6 +4,8 @@
 // multiply each piece by B, whose part of these columns they hold in registers: the sums over columns, for these
 // tokens. The other half multiply its transpose by u: the sums over tokens, for these columns. Another kernel adds up
 // the parts. Both are bound by reading dy.
+#include <type_traits>
+
 #include "cuda_common.cuh"
 #include "lora_grad_cuda.h"
 
@@ -175,19 +177,16 @@ __device__ __forceinline__ void add_parts(const float* parts, int count, int64_t
     for (int i = 0; i < kBatch; ++i)
       if (i0 + i < count) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
   }
-  union {
-    uint2 u;
-    T t[4];
-  } out;
-  out.t[0] = from_acc<T>(scale * sum.x), out.t[1] = from_acc<T>(scale * sum.y);
-  out.t[2] = from_acc<T>(scale * sum.z), out.t[3] = from_acc<T>(scale * sum.w);
-  *reinterpret_cast<uint2*>(to + thread / (kRank / 4) * rank + column) = out.u;
+  alignas(16) T out[4] = {from_acc<T>(scale * sum.x), from_acc<T>(scale * sum.y), from_acc<T>(scale * sum.z),
+                          from_acc<T>(scale * sum.w)};
+  using Four = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
+  *reinterpret_cast<Four*>(to + thread / (kRank / 4) * rank + column) = *reinterpret_cast<const Four*>(out);
 }
 
-template <typename T>
+template <typename T, typename TB>
 __global__ void __launch_bounds__(kThreads)
     finish_lora_grad_kernel(const float* token_sums, int slices, int64_t tokens, const float* column_sums, int parts,
-                            int64_t N, int rank, float scale, T* grad_u, T* grad_B) {
+                            int64_t N, int rank, float scale, T* grad_u, TB* grad_B) {
   wait_for_previous();
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t of_tokens = tokens * (kRank / 4);
@@ -207,7 +206,7 @@ struct Grid {
   }
 };
 
-template <typename T>
+template <typename T, typename TB>
 cudaError_t launch(const void* dy, const void* B, const void* u, const LoraGradShape& s, float scale, float* scratch,
                    void* grad_u, void* grad_B, cudaStream_t stream) {
   const Grid grid(s);
@@ -223,9 +222,9 @@ cudaError_t launch(const void* dy, const void* B, const void* u, const LoraGradS
                                rank, scratch, column_sums);
   if (error != cudaSuccess) return error;
   const int64_t threads = (s.tokens + s.N) * (kRank / 4);
-  return launch_overlapping(finish_lora_grad_kernel<T>, dim3(static_cast<unsigned>(ceil_div(threads, kThreads))),
+  return launch_overlapping(finish_lora_grad_kernel<T, TB>, dim3(static_cast<unsigned>(ceil_div(threads, kThreads))),
                             kThreads, 0, stream, overlapping, scratch, slices, s.tokens, column_sums, parts, s.N, rank,
-                            scale, static_cast<T*>(grad_u), static_cast<T*>(grad_B));
+                            scale, static_cast<T*>(grad_u), static_cast<TB*>(grad_B));
 }
 
 }  // namespace
@@ -241,9 +240,12 @@ int64_t lora_grad_scratch(const LoraGradShape& s) {
 }
 
 cudaError_t launch_lora_grad(const void* dy, const void* B, const void* u, const LoraGradShape& shape, float scale,
-                             Dtype dtype, float* scratch, void* grad_u, void* grad_B, cudaStream_t stream) {
-  return dtype == Dtype::kBF16 ? launch<__nv_bfloat16>(dy, B, u, shape, scale, scratch, grad_u, grad_B, stream)
-                               : launch<__half>(dy, B, u, shape, scale, scratch, grad_u, grad_B, stream);
+                             Dtype dtype, float* scratch, void* grad_u, Dtype dtype_B, void* grad_B,
+                             cudaStream_t stream) {
+  const bool bf16 = dtype == Dtype::kBF16, fp32 = dtype_B == Dtype::kF32;
+  auto* chosen = bf16 ? (fp32 ? launch<__nv_bfloat16, float> : launch<__nv_bfloat16, __nv_bfloat16>)
+                      : (fp32 ? launch<__half, float> : launch<__half, __half>);
+  return chosen(dy, B, u, shape, scale, scratch, grad_u, grad_B, stream);
 }
 
 }  // namespace moka::cuda

@@ -17,9 +17,10 @@ bool lora_grad_supports(const LoraGradShape& shape);
 // Floats that launch_lora_grad needs for sums of parts of dy.
 int64_t lora_grad_scratch(const LoraGradShape& shape);
 
-// grad_u [tokens, rank] = dy B and grad_B [N, rank] = scale dy^T u, summed in fp32 in a fixed order; all of `dtype`,
-// fp16 or bf16, on 16-byte boundaries.
+// grad_u [tokens, rank] = dy B and grad_B [N, rank] = scale dy^T u, summed in fp32 in a fixed order. All are of
+// `dtype`, fp16 or bf16, and on 16-byte boundaries; grad_B may be of fp32.
 cudaError_t launch_lora_grad(const void* dy, const void* B, const void* u, const LoraGradShape& shape, float scale,
-                             Dtype dtype, float* scratch, void* grad_u, void* grad_B, cudaStream_t stream);
+                             Dtype dtype, float* scratch, void* grad_u, Dtype dtype_B, void* grad_B,
+                             cudaStream_t stream);
 
 }  // namespace moka::cuda

@@ -87,9 +87,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
     const auto fp32 = mix.A.options().dtype(at::kFloat);
     void *grad_A = g.A.mutable_data_ptr(), *grad_B = g.B.mutable_data_ptr();
     float* grad_alpha = g.alpha.mutable_data_ptr<float>();
-    const auto product = [](const at::Tensor& a, const at::Tensor& b) {  // in fp32
-      return a.scalar_type() == at::kFloat ? at::mm(a, b) : at::mm(a, b, at::kFloat);
-    };
     GradPlan plan;
     const GradKernel kernel = choose_grad(tokens, p, x.scalar_type(), &plan);
     if (kernel == GradKernel::kFactoredSm90) {
@@ -103,11 +100,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
       const auto other = [&](const at::Tensor& t, const at::Tensor& factor, int64_t width) {  // [tokens, r]
         return at::mm(t, factor.to(x.scalar_type()).view({p.r, width}).t());
       };
-      const at::Tensor raw_A = product(other(x2, mix.B, p.K).t(), dy2), raw_B = product(other(dy2, mix.A, p.N).t(), x2);
+      const at::Tensor raw_A = mm_fp32(other(x2, mix.B, p.K).t(), dy2), raw_B = mm_fp32(other(dy2, mix.A, p.N).t(), x2);
       C10_CUDA_CHECK(launch_finish_grads(raw_A.const_data_ptr<float>(), raw_B.const_data_ptr<float>(), mix.args, grad_A,
                                          grad_B, grad_alpha, stream));
     } else {
-      const at::Tensor G = product(dy2.t(), x2);
+      const at::Tensor G = mm_fp32(dy2.t(), x2);
       at::Tensor raw = at::empty({mix.shapes.a_numel + mix.shapes.b_numel}, fp32);
       at::Tensor scratch = at::empty({contract_scratch(p)}, fp32);
       float *raw_A = raw.mutable_data_ptr<float>(), *raw_B = raw_A + mix.shapes.a_numel;
@@ -145,7 +142,7 @@ at::Tensor kron_mix(const at::Tensor& x, const at::Tensor& A, const at::Tensor& 
   const bool half = sixteen_bit(x.scalar_type());
   if (half && add2.scalar_type() == x.scalar_type()) return at::addmm(add2, x2, w).view(sizes);
   // fp32 and fp64, and an fp32 base beside 16-bit activations: the sum is rounded once
-  const at::Tensor y = half ? at::mm(x2, w, at::kFloat) : at::mm(x2, w);
+  const at::Tensor y = half ? mm_fp32(x2, w) : at::mm(x2, w);
   return y.add(add2).to(x.scalar_type()).view(sizes);
 }
 

@@ -8,6 +8,16 @@
 
 namespace moka {
 
+namespace {
+
+void check_same(const char* name, const at::Tensor& t, const at::Tensor& grad_y) {
+  TORCH_CHECK_TYPE(t.scalar_type() == grad_y.scalar_type(), name, ": expected the dtype of grad_y, ",
+                   grad_y.scalar_type(), ", got ", t.scalar_type());
+  check_device(name, t, "grad_y", grad_y);
+}
+
+}  // namespace
+
 int64_t check_lora(const at::Tensor& x, int64_t in, const at::Tensor& A, const at::Tensor& B, const at::Tensor& u,
                    int64_t N, int64_t K) {
   check_last_dim("x", x, in);
@@ -44,23 +54,35 @@ at::Tensor nf4_linear_lora_apart(const at::Tensor& x, const at::Tensor& packed, 
   return y;
 }
 
-void check_lora_grad(const at::Tensor& grad_y, const at::Tensor& B, const at::Tensor& u) {
-  TORCH_CHECK_VALUE(grad_y.dim() == 2 && B.dim() == 2 && u.dim() == 2 && B.size(0) == grad_y.size(1) &&
-                        u.size(0) == grad_y.size(0) && u.size(1) == B.size(1),
-                    "grad_y, B, u: expected [tokens, N], [N, r] and [tokens, r], got ", grad_y.sizes(), ", ", B.sizes(),
-                    " and ", u.sizes());
-  TORCH_CHECK_TYPE(grad_y.scalar_type() == B.scalar_type() && B.scalar_type() == u.scalar_type(),
-                   "grad_y, B, u: expected one dtype, got ", grad_y.scalar_type(), ", ", B.scalar_type(), " and ",
-                   u.scalar_type());
-  check_device("B", B, "grad_y", grad_y);
-  check_device("u", u, "grad_y", grad_y);
+void check_lora_grad(const at::Tensor& grad_y, const OptionalTensor& x, const at::Tensor& A, const at::Tensor& B,
+                     const OptionalTensor& u) {
+  const bool factors = A.dim() == 2 && B.dim() == 2 && B.size(1) == A.size(0);
+  TORCH_CHECK_VALUE(factors && grad_y.dim() == 2 && grad_y.size(1) == B.size(0),
+                    "grad_y, A, B: expected [tokens, N], [r, K] and [N, r], got ", grad_y.sizes(), ", ", A.sizes(),
+                    " and ", B.sizes());
+  const int64_t tokens = grad_y.size(0);
+  auto check = [&](const char* name, const OptionalTensor& t, int64_t width) {
+    if (!t) return;
+    TORCH_CHECK_VALUE(t->dim() == 2 && t->size(0) == tokens && t->size(1) == width, name, ": expected [", tokens, ", ",
+                      width, "], got ", t->sizes());
+    check_same(name, *t, grad_y);
+  };
+  check("x", x, A.size(1));
+  check("u", u, A.size(0));
+  check_same("A", A, grad_y);
+  check_same("B", B, grad_y);
 }
 
-std::tuple<at::Tensor, at::Tensor> lora_grad_apart(const at::Tensor& grad_y, const at::Tensor& B, const at::Tensor& u,
-                                                   double scale) {
+LoraGrads lora_grad_apart(const at::Tensor& grad_y, const OptionalTensor& x, const at::Tensor& A, const at::Tensor& B,
+                          const OptionalTensor& u, double scale, at::ScalarType dtype_A, at::ScalarType dtype_B) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  check_lora_grad(grad_y, B, u);
-  return {at::mm(grad_y, B), at::addmm(B, grad_y.t(), u, 0, scale)};
+  check_lora_grad(grad_y, x, A, B, u);
+  const at::Tensor grad_u = at::mm(grad_y, B);
+  auto parameter_grad = [&](const at::Tensor& parameter, const at::Tensor& a, const OptionalTensor& b,
+                            at::ScalarType dtype) {
+    return b ? at::addmm(parameter, a.t(), *b, 0, scale).to(dtype) : at::empty({0}, parameter.options().dtype(dtype));
+  };
+  return {grad_u, parameter_grad(A, grad_u, x, dtype_A), parameter_grad(B, grad_y, u, dtype_B)};
 }
 
 TORCH_LIBRARY_IMPL(moka, CPU, m) {

@@ -19,11 +19,15 @@ at::Tensor nf4_linear_lora_apart(const at::Tensor& x, const at::Tensor& packed, 
                                  int64_t K, const OptionalTensor& bias, const at::Tensor& A, const at::Tensor& B,
                                  const at::Tensor& u, double scale, bool transpose, at::ScalarType dtype);
 
-// grad_y [tokens, N], B [N, r] and u [tokens, r] of one dtype, all on one device.
-void check_lora_grad(const at::Tensor& grad_y, const at::Tensor& B, const at::Tensor& u);
+// grad_y [tokens, N], x [tokens, K], A [r, K], B [N, r] and u [tokens, r] of one dtype, all on one device.
+void check_lora_grad(const at::Tensor& grad_y, const OptionalTensor& x, const at::Tensor& A, const at::Tensor& B,
+                     const OptionalTensor& u);
 
-// grad_y B and scale grad_y^T u: a pass over grad_y each.
-std::tuple<at::Tensor, at::Tensor> lora_grad_apart(const at::Tensor& grad_y, const at::Tensor& B, const at::Tensor& u,
-                                                   double scale);
+// grad_u = grad_y B, grad_A = scale grad_u^T x where there is x, grad_B = scale grad_y^T u where there is u.
+using LoraGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// The same by a product each, in the dtype of the operands.
+LoraGrads lora_grad_apart(const at::Tensor& grad_y, const OptionalTensor& x, const at::Tensor& A, const at::Tensor& B,
+                          const OptionalTensor& u, double scale, at::ScalarType dtype_A, at::ScalarType dtype_B);
 
 }  // namespace moka

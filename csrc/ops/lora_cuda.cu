@@ -52,22 +52,25 @@ at::Tensor nf4_linear_lora(const at::Tensor& x, const at::Tensor& packed, const 
   return (bias ? at::addmm(*bias, rows, weight) : at::mm(rows, weight)).view(sizes);
 }
 
-std::tuple<at::Tensor, at::Tensor> lora_grad(const at::Tensor& grad_y, const at::Tensor& B, const at::Tensor& u,
-                                             double scale) {
+LoraGrads lora_grad(const at::Tensor& grad_y, const OptionalTensor& x, const at::Tensor& A, const at::Tensor& B,
+                    const OptionalTensor& u, double scale, at::ScalarType dtype_A, at::ScalarType dtype_B) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  check_lora_grad(grad_y, B, u);
+  check_lora_grad(grad_y, x, A, B, u);
   const LoraGradShape shape = {grad_y.size(0), B.size(0), B.size(1)};
-  if (!reads_once(shape, grad_y.scalar_type())) return lora_grad_apart(grad_y, B, u, scale);
+  const at::ScalarType dtype = grad_y.scalar_type();
+  if (!u || !reads_once(shape, dtype)) return lora_grad_apart(grad_y, x, A, B, u, scale, dtype_A, dtype_B);
   const c10::cuda::CUDAGuard guard(grad_y.device());
   const at::Tensor dy = aligned_rows(grad_y, shape.N), b = aligned_rows(B, shape.rank),
-                   rows = aligned_rows(u, shape.rank);
-  at::Tensor grad_u = at::empty_like(rows), grad_B = at::empty_like(b);
+                   rows = aligned_rows(*u, shape.rank);
   const at::Tensor scratch = at::empty({lora_grad_scratch(shape)}, dy.options().dtype(at::kFloat));
+  at::Tensor grad_u = at::empty_like(rows);  // and sums that are to be fp32 need not be rounded before
+  at::Tensor grad_B = at::empty_like(b, b.options().dtype(dtype_B == at::kFloat ? at::kFloat : dtype));
   C10_CUDA_CHECK(launch_lora_grad(dy.const_data_ptr(), b.const_data_ptr(), rows.const_data_ptr(), shape,
-                                  static_cast<float>(scale), dtype_of(dy.scalar_type()),
-                                  scratch.mutable_data_ptr<float>(), grad_u.mutable_data_ptr(),
-                                  grad_B.mutable_data_ptr(), current_stream()));
-  return {grad_u, grad_B};
+                                  static_cast<float>(scale), dtype_of(dtype), scratch.mutable_data_ptr<float>(),
+                                  grad_u.mutable_data_ptr(), dtype_of(grad_B.scalar_type()), grad_B.mutable_data_ptr(),
+                                  current_stream()));
+  const at::Tensor grad_A = x ? at::addmm(A, grad_u.t(), *x, 0, scale) : at::empty({0}, A.options());
+  return {grad_u, grad_A.to(dtype_A), grad_B.to(dtype_B)};
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <torch/version.h>
 
 #include <optional>
 
@@ -83,6 +84,14 @@ struct CudaMixture {
 inline at::Tensor aligned_rows(const at::Tensor& t, int64_t width) {
   const at::Tensor rows = t.dim() == 2 ? t.contiguous() : t.reshape({-1, width}).contiguous();
   return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 ? rows.clone() : rows;
+}
+
+// a b in fp32.
+inline at::Tensor mm_fp32(const at::Tensor& a, const at::Tensor& b) {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8
+  if (a.scalar_type() != at::kFloat) return at::mm(a, b, at::kFloat);
+#endif
+  return at::mm(a.to(at::kFloat), b.to(at::kFloat));
 }
 
 inline cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream(); }
