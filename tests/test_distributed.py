@@ -26,6 +26,7 @@ from moka.layout import full_tensor, is_sharded
 
 STEPS, ROWS, TOKENS = 4, 4, 16
 ADAPTER = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 3}  # 3 gates do not divide by 2
+STORAGES = {"": torch.uint8, "fp32": torch.float32, "bf16": torch.bfloat16}
 BITSANDBYTES = pytest.param(
     "bitsandbytes",
     marks=pytest.mark.skipif(STORAGE.is_floating_point, reason="FSDP2 before torch 2.12"),
@@ -39,7 +40,7 @@ def device() -> str:
 def adapted(base: str = "nf4", seed: int = 1, **config) -> nn.Module:
     """The tiny model on a 4-bit base with an adapter whose every tensor is random.
 
-    A base "..._bf16" has its packed bytes held as bf16 in FSDP2, as all have before torch 2.12.
+    A base "..._fp32" has its packed bytes held as fp32 in FSDP2, as all have before torch 2.12.
     """
     kind, _, storage = base.partition("_")
     with torch.device("cpu"):
@@ -47,7 +48,7 @@ def adapted(base: str = "nf4", seed: int = 1, **config) -> nn.Module:
         if kind == "nf4":
             model = moka.quantize(model, double_quant=True)
     if kind == "bitsandbytes":
-        to_bitsandbytes(model, torch.bfloat16 if storage else torch.uint8)
+        to_bitsandbytes(model, STORAGES[storage])
     model = moka.inject(model.to(device()), moka.MokaConfig(**{**ADAPTER, **config}))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -58,7 +59,7 @@ def adapted(base: str = "nf4", seed: int = 1, **config) -> nn.Module:
 
 def shard(model: nn.Module, base: str, **options) -> nn.Module:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "STORAGE", torch.bfloat16 if base.endswith("_bf16") else STORAGE)
+        patch.setattr(distributed, "STORAGE", torch.float32 if base.endswith("_fp32") else STORAGE)
         return moka.shard(model, **options)
 
 
@@ -138,7 +139,7 @@ def train_both(kind: str, base: str, config: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("base", ["nf4", BITSANDBYTES, "bitsandbytes_bf16"])
+@pytest.mark.parametrize("base", ["nf4", BITSANDBYTES, "bitsandbytes_fp32"])
 def test_training_equals_one_process(processes, kind, base):
     processes.run(train_both, kind, base, {})
 
@@ -156,8 +157,8 @@ def test_training_of_other_adapters_equals_one_process(processes, kind, base, co
     processes.run(train_both, kind, base, config)
 
 
-def test_training_with_bytes_held_as_bf16_equals_one_process(processes):
-    processes.run(train_both, "fsdp", "nf4_bf16", {})
+def test_training_with_bytes_held_as_fp32_equals_one_process(processes):
+    processes.run(train_both, "fsdp", "nf4_fp32", {})
 
 
 def save_and_load(folder: Path, base: str) -> None:
@@ -181,7 +182,7 @@ def save_and_load(folder: Path, base: str) -> None:
     optimize(other, other, slice(rank, None, WORLD))
 
 
-@pytest.mark.parametrize("base", ["nf4", "nf4_bf16", BITSANDBYTES, "bitsandbytes_bf16", "none"])
+@pytest.mark.parametrize("base", ["nf4", "nf4_fp32", BITSANDBYTES, "bitsandbytes_fp32", "none"])
 def test_a_sharded_adapter_is_the_same_file(processes, tmp_path, base):
     processes.run(save_and_load, tmp_path, base)
 
@@ -191,11 +192,12 @@ def base_is_split(base: str) -> None:
 
     model = adapted(base)
     layers = [m for m in model.modules() if isinstance(m, moka.layers.NF4Linear)]
-    for layer in layers:  # from 0x7f00 on, most NaNs of bf16 among them
+    for layer in layers:  # from 0x7f00 on, NaNs of both kinds among them
         entries = layer.packed.view(torch.int16)
         entries.copy_(torch.arange(0x7F00, 0x7F00 + len(entries), dtype=torch.int32))
     packed = [layer.packed.clone() for layer in layers]
-    shard(model, base, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    cast = torch.float32 if base.endswith("_fp32") or STORAGE.is_floating_point else torch.bfloat16
+    shard(model, base, mp_policy=MixedPrecisionPolicy(param_dtype=cast))
     for layer, expected in zip(layers, packed, strict=True):
         assert layer.packed.to_local().nbytes == expected.nbytes // WORLD
         assert torch.equal(full_tensor(layer.packed).view(torch.uint8), expected)
@@ -217,7 +219,7 @@ def base_is_split(base: str) -> None:
     assert is_sharded(layer.moka_A["default"]) and layer.moka_A["default"].requires_grad
 
 
-@pytest.mark.parametrize("base", ["nf4", "nf4_bf16"])
+@pytest.mark.parametrize("base", ["nf4", "nf4_fp32"])
 def test_the_4bit_base_is_split_and_adapters_can_be_looked_at(processes, base):
     processes.run(base_is_split, base)
 
@@ -266,20 +268,25 @@ def refuse_two_dtypes() -> None:
     assert not any(is_sharded(p) for p in model.parameters())
 
 
-def refuse_bytes_of_bitsandbytes() -> None:
-    model = adapted("bitsandbytes")
-    with pytest.raises(ConfigError, match=r"q_proj.* torch\.uint8; .*bnb_4bit_quant_storage=torch\.bfloat16"):
-        shard(model, "bitsandbytes_bf16")
-    assert not any(is_sharded(p) for p in model.parameters())
+def refuse_storage_of_bitsandbytes() -> None:
+    for base, patched, reason in (
+        ("bitsandbytes", "bitsandbytes_fp32", "splits floating parameters alone"),
+        ("bitsandbytes_bf16", "bitsandbytes", "copies 16-bit floats by value"),
+    ):
+        model = adapted(base)
+        held = rf"{STORAGES[base.partition('_')[2]]}; .*bnb_4bit_quant_storage=torch\.float32"
+        with pytest.raises(ConfigError, match=rf"q_proj.*: FSDP2 .*{reason}.* {held}"):
+            shard(model, patched)
+        assert not any(is_sharded(p) for p in model.parameters())
 
 
 def refuse_to_cast_bytes() -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    for base in ("nf4_bf16", "bitsandbytes_bf16"):
+    for base in ("nf4_fp32", "bitsandbytes_fp32"):
         model = adapted(base)
-        with pytest.raises(ConfigError, match=r"param_dtype: got torch\.float16, expected .*bfloat16"):
-            shard(model, base, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16))
+        with pytest.raises(ConfigError, match=r"param_dtype: got torch\.bfloat16, expected .*float32"):
+            shard(model, base, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         assert not any(is_sharded(p) for p in model.parameters())
 
 

@@ -270,6 +270,11 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
+def search_path(*folders: Path) -> str:
+    """For PYTHONPATH: these first, then what it has here."""
+    return os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
+
+
 def launch(*arguments: str | Path, seconds: float = 120) -> subprocess.CompletedProcess:
     """`torchrun` with two processes on the CPU."""
     command = [
@@ -280,8 +285,12 @@ def launch(*arguments: str | Path, seconds: float = 120) -> subprocess.Completed
         str(WORLD),
         *map(str, arguments),
     ]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {
+        **os.environ,
+        "PYTHONPATH": search_path(ROOT, ROOT / "tests"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
 
 
@@ -375,6 +384,6 @@ def test_accelerate_launch(files, tmp_path, name, options):
     config = str(ROOT / "examples" / name)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "-m", "moka.cli"]
     options = [f"model={files / 'model'}", f"data={files / 'data.jsonl'}", f"output={tmp_path}", *options]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": search_path(ROOT)}
     subprocess.run([*command, "train", *options, "batch_size=2"], env=env, check=True, timeout=300)
     assert json.loads((tmp_path / "metrics.json").read_text())["processes"] == WORLD

@@ -20,8 +20,9 @@ from ..layout import full_tensor, part_of
 from .preflight import check_distributed, check_dtypes, check_mixed_precision, check_storage
 
 #: What FSDP2 splits the packed bytes of `NF4Linear` as. Before torch 2.12 it takes floating parameters alone
-#: (pytorch issue 177844); there the bytes are viewed as bf16, which is copied and never computed with.
-STORAGE = torch.uint8 if torch.__version__ >= "2.12" else torch.bfloat16
+#: (pytorch issue 177844); there the bytes are viewed as fp32, which is copied and never computed with. Not as
+#: 16-bit floats, see `check_storage`.
+STORAGE = torch.uint8 if torch.__version__ >= "2.12" else torch.float32
 
 
 def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:

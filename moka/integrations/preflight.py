@@ -149,16 +149,24 @@ def require_adapter(model: nn.Module) -> None:
 def check_storage(model: nn.Module, storage: torch.dtype) -> None:
     """FSDP2 must be able to hold the weights of bitsandbytes; `storage` is what moka's own are held as.
 
+    Not as 16-bit floats: those FSDP2 gathers by `torch._foreach_copy_`, which on a GPU takes them to fp32 and
+    back, and so turns what happens to be a NaN, about one in a thousand pairs of bytes, into another one.
+
     Raises:
-        ConfigError: it holds floating parameters alone, naming the layer and the way out.
+        ConfigError: it cannot, naming the layer and the way out.
     """
     layers: dict[str, Any] = {path: m for path, m in model.named_modules() if is_linear4bit(m)}
     for path, layer in layers.items():
-        if storage.is_floating_point and not layer.weight.is_floating_point():
+        held: torch.dtype = layer.weight.dtype
+        reason = None
+        if held.is_floating_point and held.itemsize < 4:
+            reason = "FSDP2 copies 16-bit floats by value, which alters packed bytes"
+        elif storage.is_floating_point and not held.is_floating_point:
+            reason = f"FSDP2 of torch {torch.__version__} splits floating parameters alone"
+        if reason:
             raise ConfigError(
-                f"{path}: FSDP2 of torch {torch.__version__} splits floating parameters alone, and the "
-                f"weight is stored as {layer.weight.dtype}; load the model with "
-                f"bnb_4bit_quant_storage=torch.bfloat16, or let moka quantize it"
+                f"{path}: {reason}, and the weight is stored as {held}; load the model with "
+                f"bnb_4bit_quant_storage=torch.float32, or let moka quantize it"
             )
 
 
