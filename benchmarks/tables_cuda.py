@@ -180,7 +180,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuda-training": training_table,
     "cuda-mixed": mixed_table,
     "cuda-model": lambda: model_table("model.csv", "model_unsloth.csv"),
-    "cuda-model-h200": lambda: model_table("model_h200.csv"),
     "cuda-profile": profile_table,
     "parity": parity_table,
 }

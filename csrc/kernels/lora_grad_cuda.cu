@@ -16,8 +16,9 @@ constexpr int kTokens = 32;  // of a piece
 constexpr int kWidth = 256;  // columns of a thread block
 constexpr int kRank = 16;    // the columns of B, u and the sums; beyond the rank they are zeros
 constexpr int kStages = 5;   // pieces in shared memory or on their way to it
-constexpr int kThreads = 256;
-constexpr int kBlocks = 2;  // per multiprocessor
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kTiles = kWidth / (kWarps / 2) / 16;  // 16 columns each, of a warp that sums over tokens
+constexpr int kBlocks = 2;                          // per multiprocessor
 constexpr int kPieceBytes = kTokens * kWidth * 2, kInnerBytes = kTokens * kRank * 2;
 constexpr int kStageBytes = kPieceBytes + kInnerBytes;
 constexpr int kSharedBytes = kStages * kStageBytes + kWidth * kRank * 2;
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int token0 = piece * kTokens;
 #pragma unroll
       for (int i = 0; i < kTokens * kWidth / 8 / kThreads; ++i) {
-        const int row = warp + i * (kThreads / 32), column = column0 + lane * 8;
+        const int row = warp + i * kWarps, column = column0 + lane * 8;
         const bool here = token0 + row < tokens && column < N;
         copy_or_zeros(to + piece_at(row, lane), here ? dy + static_cast<int64_t>(token0 + row) * N + column : dy, here);
       }
@@ -90,21 +91,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
   for (int s = 0; s < kStages - 1; ++s) fetch(begin + s);
 
-  // waits for `piece`; nobody reads the one before it any more, in whose place another is fetched
-  auto next_piece = [&](int piece) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
-    __syncthreads();
-    fetch(piece + kStages - 1);
-    return shared + (piece - begin) % kStages * kStageBytes;
-  };
-  if (warp < 4) {  // 16 tokens, 8 columns of B
-    const int row0 = warp / 2 * 16, half = warp % 2;
-    int from[4];  // 64 columns; the next ones are 128 bytes on
+  // the warp's 16 tokens and 8 columns of B; or its 64 columns of dy, with all of u
+  const bool of_tokens = warp < kWarps / 2;
+  const int row0 = warp / 2 * 16, half = warp % 2, unit0 = warp % (kWarps / 2) * kTiles * 2;
+  int from[kTiles];  // in a piece: of 64 columns, the next ones are 128 bytes on; or of 16 tokens
 #pragma unroll
-    for (int k = 0; k < 4; ++k) from[k] = piece_at(row0 + lane % 16, k * 2 + lane / 16);
-    uint32_t b[kWidth / 32][4];
-    for (int piece = begin; piece < end; ++piece) {
-      const uint32_t at = next_piece(piece);
+  for (int i = 0; i < kTiles; ++i)
+    from[i] = of_tokens ? piece_at(row0 + lane % 16, i * 2 + lane / 16)
+                        : piece_at(lane / 16 * 8 + lane % 8, unit0 + i * 2 + lane / 8 % 2);
+  uint32_t b[kWidth / 32][4];
+  float column_sum[kTiles][2][4] = {};
+  for (int piece = begin; piece < end; ++piece) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+    __syncthreads();  // the piece is there, and nobody reads the one before it, in whose place another comes
+    fetch(piece + kStages - 1);
+    const uint32_t at = shared + (piece - begin) % kStages * kStageBytes;
+    if (of_tokens) {
       if (piece == begin)
 #pragma unroll
         for (int k = 0; k < kWidth / 32; ++k) load_matrices<true>(b[k], b_at + inner_at(k * 32 + lane, half));
@@ -122,41 +124,32 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         if (token < tokens)
           *reinterpret_cast<float2*>(to) = {sum[0][2 * h] + sum[1][2 * h], sum[0][2 * h + 1] + sum[1][2 * h + 1]};
       }
-    }
-  } else {  // 64 columns of dy, all of u
-    constexpr int kTiles = kWidth / 4 / 16;
-    const int unit0 = (warp - 4) * kTiles * 2;
-    int from[kTiles];  // the first 16 tokens
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-      from[tile] = piece_at(lane / 16 * 8 + lane % 8, unit0 + tile * 2 + lane / 8 % 2);
-    float sum[kTiles][2][4] = {};
-    for (int piece = begin; piece < end; ++piece) {
-      const uint32_t at = next_piece(piece);
+    } else {
 #pragma unroll
       for (int k = 0; k < kTokens / 16; ++k) {
-        uint32_t b[4];
-        load_matrices<true>(b, at + kPieceBytes + inner_at(k * 16 + lane % 16, lane / 16));
+        uint32_t inner[4];
+        load_matrices<true>(inner, at + kPieceBytes + inner_at(k * 16 + lane % 16, lane / 16));
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           uint32_t a[4];
           load_matrices<true>(a, at + from[tile] + piece_at(k * 16, 0));
-          mma<T>(sum[tile][0], a, b[0], b[1]);
-          mma<T>(sum[tile][1], a, b[2], b[3]);
+          mma<T>(column_sum[tile][0], a, inner[0], inner[1]);
+          mma<T>(column_sum[tile][1], a, inner[2], inner[3]);
         }
       }
     }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int column = column0 + (unit0 + tile * 2 + h) * 8 + g;
-        float* to = column_sums + (static_cast<int64_t>(blockIdx.y) * N + column) * kRank + q * 2;
-        if (column >= N) continue;
-        *reinterpret_cast<float2*>(to) = {sum[tile][0][2 * h], sum[tile][0][2 * h + 1]};
-        *reinterpret_cast<float2*>(to + 8) = {sum[tile][1][2 * h], sum[tile][1][2 * h + 1]};
-      }
   }
+  if (of_tokens) return;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int column = column0 + (unit0 + tile * 2 + h) * 8 + g;
+      float* to = column_sums + (static_cast<int64_t>(blockIdx.y) * N + column) * kRank + q * 2;
+      if (column >= N) continue;
+      *reinterpret_cast<float2*>(to) = {column_sum[tile][0][2 * h], column_sum[tile][0][2 * h + 1]};
+      *reinterpret_cast<float2*>(to + 8) = {column_sum[tile][1][2 * h], column_sum[tile][1][2 * h + 1]};
+    }
 }
 
 // to [rows, rank] = scale times the sum of parts [count, rows, kRank], four entries a thread.
