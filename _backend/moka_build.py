@@ -5,6 +5,7 @@ replaced. So that environment's site-packages are appended here (the isolated on
 and its torch is used. A second torch is never fetched: an extension compiled against another would not load.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -30,6 +31,9 @@ NO_TORCH = (
     "install torch first, then moka again "
     "(add --no-build-isolation if torch is there but your installer hides it)."
 )
+OLD_TORCH = (
+    "moka needs torch 2.9 or newer (pyproject.toml), got {version}: upgrade it, then install moka again"
+)
 OLD_SETUPTOOLS = (
     "moka builds with setuptools 77 or newer, got {version}: upgrade it, or leave out --no-build-isolation"
 )
@@ -48,6 +52,9 @@ def require_torch() -> None:
         importlib.invalidate_caches()
     if importlib.util.find_spec("torch") is None:
         raise SystemExit(NO_TORCH.format(python=sys.executable))
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, version.split(".")[:2])) < (2, 9):  # pip would replace it after moka was compiled
+        raise SystemExit(OLD_TORCH.format(version=version))
 
 
 def get_requires_for_build_sdist(config_settings=None):

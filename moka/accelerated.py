@@ -95,7 +95,7 @@ def _plain_update(layer: Any, x: Tensor) -> Update | None:
     scale = layer.scaling[name]
     if (
         _is_hooked(base)
-        or not isinstance(scale, int | float)
+        or not isinstance(scale, (int, float))
         or not _dtypes_fit(layer, x, A.weight, B.weight)
     ):
         return None
@@ -122,7 +122,7 @@ def _does_nothing(dropout: Any) -> bool:
 def _is_hooked(module: Any) -> bool:
     """Whether something else than its class's `forward` runs at a call."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module))
+    return bool(hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__)
 
 
 def _dtypes_fit(layer: Any, x: Tensor, A: Tensor, B: Tensor) -> bool:

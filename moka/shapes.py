@@ -79,7 +79,7 @@ def split_flat(A: Tensor, B: Tensor, shapes: Sequence[KronShape]) -> list[tuple[
 
 def flatten_shapes(shapes: Sequence[Sequence[Any]]) -> list[int]:
     """The five integers per component that the operators take."""
-    return [size for shape in shapes for size in (shape if len(shape) == 5 else KronShape(*shape)[:5])]
+    return [size for shape in shapes for size in (*shape, 0)[:5]]  # 0: no identity, where it is left out
 
 
 def explicit_shapes(shapes: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, list[tuple]]:

@@ -193,17 +193,32 @@ def test_info_is_complete_and_readable():
 # --- installing
 
 
-def test_building_without_torch_stops_with_one_sentence():
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, "install torch first"),
+        ("2.8.1+cu128", "needs torch 2.9 or newer (pyproject.toml), got 2.8.1+cu128: upgrade it"),
+    ],
+)
+def test_building_without_a_torch_that_serves_stops_with_one_sentence(version, message, tmp_path):
     """Run as pip runs the backend: without site-packages, but with the target's Python."""
+    packages = []
+    if version:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").touch()
+        (tmp_path / "torch-0.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+        (tmp_path / "torch-0.dist-info" / "METADATA").write_text(metadata)
+        packages = [str(tmp_path)]
     script = (
         "import sys; sys.path.insert(0, '_backend'); import moka_build\n"
-        "moka_build.PRINT_PATH = 'print([])'  # an environment that holds nothing\n"
+        f"moka_build.PRINT_PATH = 'print({json.dumps(json.dumps(packages))})'\n"
         "sys.path = [path for path in sys.path if not path.endswith('-packages')]\n"
         "moka_build.get_requires_for_build_wheel()"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "install torch first" in done.stderr
+    assert message in done.stderr and '"torch>=2.9"' in (ROOT / "pyproject.toml").read_text()
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
 

@@ -308,7 +308,7 @@ def test_an_adapted_block_compiles_into_one_graph(device, kind):
         y.square().sum().backward()
         results.append([y] + [p.grad for p in block.parameters() if p.grad is not None])
     assert len(results[0]) == len(results[1]) == 9
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    torch.testing.assert_close(*results)  # older versions of torch take some operations of the graph apart
 
 
 def test_base_that_requires_gradients_is_refused():

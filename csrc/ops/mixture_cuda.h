@@ -6,7 +6,6 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/version.h>
 
 #include <optional>
 
@@ -88,10 +87,7 @@ inline at::Tensor aligned_rows(const at::Tensor& t, int64_t width) {
 
 // a b in fp32.
 inline at::Tensor mm_fp32(const at::Tensor& a, const at::Tensor& b) {
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8
-  if (a.scalar_type() != at::kFloat) return at::mm(a, b, at::kFloat);
-#endif
-  return at::mm(a.to(at::kFloat), b.to(at::kFloat));
+  return a.scalar_type() == at::kFloat ? at::mm(a, b) : at::mm(a, b, at::kFloat);
 }
 
 inline cudaStream_t current_stream() { return at::cuda::getCurrentCUDAStream(); }
