@@ -31,9 +31,7 @@ NO_TORCH = (
     "install torch first, then moka again "
     "(add --no-build-isolation if torch is there but your installer hides it)."
 )
-OLD_TORCH = (
-    "moka needs torch 2.9 or newer (pyproject.toml), got {version}: upgrade it, then install moka again"
-)
+OLD_TORCH = "moka needs torch 2.9 or newer, got {version}: upgrade it first, then install moka again"
 OLD_SETUPTOOLS = (
     "moka builds with setuptools 77 or newer, got {version}: upgrade it, or leave out --no-build-isolation"
 )

@@ -1,6 +1,7 @@
 """The build's decisions, what a broken extension says, and `moka.info`."""
 
 import importlib.metadata
+import json
 import shutil
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def test_info_is_complete_and_readable():
     ("version", "message"),
     [
         (None, "install torch first"),
-        ("2.8.1+cu128", "needs torch 2.9 or newer (pyproject.toml), got 2.8.1+cu128: upgrade it"),
+        ("2.8.1+cu128", "needs torch 2.9 or newer, got 2.8.1+cu128: upgrade it"),
     ],
 )
 def test_building_without_a_torch_that_serves_stops_with_one_sentence(version, message, tmp_path):
@@ -210,9 +211,10 @@ def test_building_without_a_torch_that_serves_stops_with_one_sentence(version, m
         metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
         (tmp_path / "torch-0.dist-info" / "METADATA").write_text(metadata)
         packages = [str(tmp_path)]
+    print_path = f"print({json.dumps(packages)!r})"
     script = (
         "import sys; sys.path.insert(0, '_backend'); import moka_build\n"
-        f"moka_build.PRINT_PATH = 'print({json.dumps(json.dumps(packages))})'\n"
+        f"moka_build.PRINT_PATH = {print_path!r}\n"
         "sys.path = [path for path in sys.path if not path.endswith('-packages')]\n"
         "moka_build.get_requires_for_build_wheel()"
     )
