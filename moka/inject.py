@@ -39,6 +39,7 @@ class BaseState:
     trainable: list[str] = field(default_factory=list)  # names of the parameters that had requires_grad
     repacking: list[Any] = field(default_factory=list)  # Linear4bit layers that repack in eval mode
     input_grads: bool = False  # the embeddings were made to require gradients
+    save_pretrained: Any = None  # what stood in for the class's method: after moka.quantize, an error
 
 
 def inject(
@@ -251,6 +252,7 @@ def _prepare_base(model: Any) -> None:
             parameter.requires_grad_(False)
     state.repacking = stop_repacking(model)
     if hasattr(model, "save_pretrained"):
+        state.save_pretrained = vars(model).get("save_pretrained")
         model.save_pretrained = _refuse_save_pretrained
     if hasattr(model, "_hf_peft_config_loaded"):
         # transformers trains a quantized model only if it is told of an adapter. It then also makes the
@@ -296,6 +298,8 @@ def _restore_base(model: Any) -> None:
     for module in state.repacking:
         module.support_avx512bf16_for_cpu = True
     vars(model).pop("save_pretrained", None)
+    if state.save_pretrained:
+        model.save_pretrained = state.save_pretrained
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = False
     if state.input_grads:

@@ -62,7 +62,7 @@ def quantize(
         exclude_modules: suffixes of paths, or a regular expression, of layers to leave dense.
 
     Returns:
-        The same model.
+        The same model; its `save_pretrained`, which `from_pretrained` could not undo, is an error from now on.
 
     Raises:
         StateError: the model holds adapters; quantize before `moka.inject`.
@@ -93,7 +93,17 @@ def quantize(
     quantized = tuple(path for paths in groups for path in paths)
     report = QuantizationReport(blocksize, double_quant, quantized, skipped, before, after)
     root.moka_quantization = report
+    if hasattr(model, "save_pretrained"):
+        root.save_pretrained = _refuse_save_pretrained
     return model
+
+
+def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
+    raise StateError(
+        "model.save_pretrained would write the 4-bit weights of moka.quantize, which from_pretrained cannot "
+        "read; keep the original model and quantize it again, save adapters by moka.save_adapter, or merge "
+        "them into 16 bits with the command moka merge"
+    )
 
 
 def layers_to_quantize(

@@ -383,3 +383,13 @@ def test_what_would_leave_out_the_adapter_is_refused(tmp_path):
         model.save_pretrained(tmp_path)
     moka.eject(copy.deepcopy(model)).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    model = moka.quantize(tiny_model())
+    for change in (lambda m: m, lambda m: moka.eject(moka.inject(m, moka.MokaConfig(["q_proj"], r=2)))):
+        with pytest.raises(StateError, match=r"4-bit weights .*quantize it again.*moka merge"):
+            change(model).save_pretrained(tmp_path)
+        with pytest.raises(StateError, match="4-bit weights"):
+            copy.deepcopy(model).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
