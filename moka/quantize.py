@@ -62,7 +62,7 @@ def quantize(
         exclude_modules: suffixes of paths, or a regular expression, of layers to leave dense.
 
     Returns:
-        The same model; its `save_pretrained`, which `from_pretrained` could not undo, is an error from now on.
+        The same model; its `save_pretrained` is an error from now on: `from_pretrained` could not read it.
 
     Raises:
         StateError: the model holds adapters; quantize before `moka.inject`.
