@@ -34,7 +34,8 @@ Tensor product(const Tensor& x, const Weight& w, const OptionalTensor& bias, con
 
 Tensor rows(const Tensor& t, at::ScalarType dtype) { return cast(t.reshape_symint({-1, t.sym_size(-1)}), dtype); }
 
-// grad_u = grad_y B, without the scale; scale grad_u^T x, scale grad_y^T u, in the dtypes of the parameters.
+// grad_u = grad_y B, without the scale; grad_A = scale grad_u^T x and grad_B = scale grad_y^T u, in the parameters'
+// dtypes.
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_y, const OptionalTensor& x, const Tensor& A,
                                              const Tensor& B, const OptionalTensor& u, double scale,
                                              at::ScalarType dtype_A, at::ScalarType dtype_B) {

@@ -63,7 +63,8 @@ LoraGrads lora_grad(const at::Tensor& grad_y, const OptionalTensor& x, const at:
   const at::Tensor dy = aligned_rows(grad_y, shape.N), b = aligned_rows(B, shape.rank),
                    rows = aligned_rows(*u, shape.rank);
   const at::Tensor scratch = at::empty({lora_grad_scratch(shape)}, dy.options().dtype(at::kFloat));
-  at::Tensor grad_u = at::empty_like(rows);  // and sums that are to be fp32 need not be rounded before
+  at::Tensor grad_u = at::empty_like(rows);
+  // the sums are fp32: where the gradient is to be, they are not rounded to the operands' dtype before
   at::Tensor grad_B = at::empty_like(b, b.options().dtype(dtype_B == at::kFloat ? at::kFloat : dtype));
   C10_CUDA_CHECK(launch_lora_grad(dy.const_data_ptr(), b.const_data_ptr(), rows.const_data_ptr(), shape,
                                   static_cast<float>(scale), dtype_of(dtype), scratch.mutable_data_ptr<float>(),
