@@ -20,7 +20,7 @@ from rich.table import Table
 
 from moka import __version__
 from moka.checkpoint import WEIGHTS
-from moka.cli.common import quiet_transformers
+from moka.cli.common import quiet_libraries
 from moka.cli.console import err, out, progress
 from moka.data import Row, TextDataset, is_choice, to_choice
 from moka.errors import MokaError
@@ -50,7 +50,7 @@ def main() -> None:
     )
 
     step("1  Model and data")
-    quiet_transformers()
+    quiet_libraries()
     model, tokenizer = load_model(config.model, config.quantize)
     train_rows, held_out = split_rows(options, tokenizer)
     config = config.model_copy(update={"max_steps": steps_within_budget(train_rows, tokenizer, config)})

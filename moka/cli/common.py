@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ def load(model: str | None, adapter: Path | None, quantize: str, dtype: str) -> 
     from ..checkpoint import load_adapter
     from ..loading import EMBEDDED, load_model
 
-    quiet_transformers()
+    quiet_libraries()
     name = model or (base_of(adapter) if adapter else EMBEDDED)
     loaded, tokenizer = load_model(name, quantize, parse_dtype(dtype))
     return (load_adapter(loaded, adapter) if adapter else loaded), tokenizer
@@ -56,12 +57,15 @@ def parse_dtype(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def quiet_transformers() -> None:
-    """Turns off the progress bars of transformers, before it is imported; moka has its own."""
+def quiet_libraries() -> None:
+    """Turns off the progress bars of transformers, before it is imported; moka has its own. And the advice of
+    bitsandbytes to install kernels for its layers on a CPU, which run on moka's here.
+    """
     os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise ImportError("this command needs transformers; install moka[hf]") from error
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import quiet_transformers
+from .common import quiet_libraries
 from .config import read_config
 from .console import err, out, progress
 
@@ -40,7 +40,7 @@ def train(
         return
     from torch import distributed
 
-    quiet_transformers()
+    quiet_libraries()
     if first:
         err.print(f"training {config.model} on {config.data}", highlight=False)
     try:
