@@ -158,8 +158,8 @@ def check_fields(where: str, stored: MokaConfig, existing: MokaConfig) -> None:
     ]
     if listed:
         raise CheckpointMismatchError(
-            f"{where}: differs from the adapter in the model: {', '.join(listed)}; load it under another name, "
-            f"or go on with its configuration where a run is to be resumed"
+            f"{where}: differs from the adapter in the model: {', '.join(listed)}; load it under another "
+            f"name, or go on with its configuration where a run is to be resumed"
         )
 
 

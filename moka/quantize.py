@@ -163,6 +163,7 @@ def dequantize(model: Any, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    vars(model).pop("save_pretrained", None)
     # transformers would otherwise save it as a quantized model, and refuse to cast it
     model.hf_quantizer, model.is_quantized = None, False
     for name in ("quantization_method", "is_loaded_in_4bit"):
