@@ -50,7 +50,10 @@ def require_torch() -> None:
         importlib.invalidate_caches()
     if importlib.util.find_spec("torch") is None:
         raise SystemExit(NO_TORCH.format(python=sys.executable))
-    version = importlib.metadata.version("torch")
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return  # a source tree on the path
     if tuple(map(int, version.split(".")[:2])) < (2, 9):  # pip would replace it after moka was compiled
         raise SystemExit(OLD_TORCH.format(version=version))
 

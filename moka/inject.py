@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import nf4
-from .bases import is_linear4bit
+from .bases import NF4Linear, is_linear4bit
 from .config import MokaConfig
 from .errors import ConfigError, StateError
 from .layers import MokaLinear
@@ -39,7 +39,7 @@ class BaseState:
     trainable: list[str] = field(default_factory=list)  # names of the parameters that had requires_grad
     repacking: list[Any] = field(default_factory=list)  # Linear4bit layers that repack in eval mode
     input_grads: bool = False  # the embeddings were made to require gradients
-    save_pretrained: Any = None  # what stood in for the class's method: after moka.quantize, an error
+    save_pretrained: Any = None  # what stood in for the class's method: of an NF4 model, an error
 
 
 def inject(
@@ -298,8 +298,8 @@ def _restore_base(model: Any) -> None:
     for module in state.repacking:
         module.support_avx512bf16_for_cpu = True
     vars(model).pop("save_pretrained", None)
-    if state.save_pretrained:
-        model.save_pretrained = state.save_pretrained
+    if state.save_pretrained and any(isinstance(module, NF4Linear) for module in model.modules()):
+        model.save_pretrained = state.save_pretrained  # not if a merge has made the model dense
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = False
     if state.input_grads:

@@ -271,7 +271,7 @@ def refuse_two_dtypes() -> None:
 def refuse_storage_of_bitsandbytes() -> None:
     for base, patched, reason in (
         ("bitsandbytes", "bitsandbytes_fp32", "splits floating parameters alone"),
-        ("bitsandbytes_bf16", "bitsandbytes", "copies 16-bit floats by value"),
+        ("bitsandbytes_bf16", "bitsandbytes", "copies floats below 32 bits by value"),
     ):
         model = adapted(base)
         held = rf"{STORAGES[base.partition('_')[2]]}; .*bnb_4bit_quant_storage=torch\.float32"

@@ -270,6 +270,10 @@ def op_cases():
             ops.lora_grad.default,
             (dy, None, torch.randn(3, K), torch.randn(N, 3), None, 2.0, x.dtype, x.dtype),
         ),
+        "lora_grad of x and A": (
+            ops.lora_grad.default,
+            (dy, x, torch.randn(3, K), torch.randn(N, 3), None, 2.0, x.dtype, x.dtype),
+        ),
         "dense_linear": (
             ops.dense_linear.default,
             (x, torch.randn(N, K), bias, *mixture, shapes, "factored"),

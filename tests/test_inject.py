@@ -393,3 +393,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
         with pytest.raises(StateError, match="4-bit weights"):
             copy.deepcopy(model).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+    adapted = moka.inject(model, moka.MokaConfig("all-linear", r=2))
+    dense = moka.eject(moka.merge(adapted, into=torch.bfloat16))
+    dense.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()

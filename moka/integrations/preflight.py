@@ -160,7 +160,7 @@ def check_storage(model: nn.Module, storage: torch.dtype) -> None:
         held: torch.dtype = layer.weight.dtype
         reason = None
         if held.is_floating_point and held.itemsize < 4:
-            reason = "FSDP2 copies 16-bit floats by value, which alters packed bytes"
+            reason = "FSDP2 copies floats below 32 bits by value, which alters packed bytes"
         elif storage.is_floating_point and not held.is_floating_point:
             reason = f"FSDP2 of torch {torch.__version__} splits floating parameters alone"
         if reason:
