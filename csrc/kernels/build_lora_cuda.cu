@@ -170,8 +170,8 @@ cudaError_t launch(const Nf4Params& w, const void* A, const void* B, int rank, f
 
 bool build_lora_supports(const Nf4Params& w, int64_t rank) {
   const bool pow2 = w.absmax || (w.blocksize2 > 0 && (w.blocksize2 & (w.blocksize2 - 1)) == 0);
-  return w.blocksize == kColumns && pow2 && w.K % kColumns == 0 && w.N % kRows == 0 && rank % 4 == 0 && rank > 0 && w.K < INT32_MAX &&
-         w.N * w.K / kColumns < INT32_MAX && aligned(w.packed, 4);
+  return w.blocksize == kColumns && pow2 && w.K % kColumns == 0 && w.N % kRows == 0 && rank % 4 == 0 && rank > 0 &&
+         w.K < INT32_MAX && w.N * w.K / kColumns < INT32_MAX && aligned(w.packed, 4);
 }
 
 cudaError_t launch_build_lora(const Nf4Params& w, const void* A, const void* B, int64_t rank, float scale, Dtype dtype,
