@@ -250,10 +250,18 @@ def test_missing_libraries_are_named(monkeypatch):
 
 
 def started(folder, output):
-    """A long run in a process of its own, which has saved a checkpoint."""
+    """A long run in a process of its own, which has saved a checkpoint. It takes SIGINT even where the tests run in
+    the background of a shell, which has it ignored.
+    """
     command = [sys.executable, "-m", "moka.cli", *train_arguments(folder, output), "max_steps=60"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "save_steps=1"], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "save_steps=1"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not list(output.glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
