@@ -250,8 +250,8 @@ def test_missing_libraries_are_named(monkeypatch):
 
 
 def started(folder, output):
-    """A long run in a process of its own, which has saved a checkpoint. It takes SIGINT even where the tests run in
-    the background of a shell, which has it ignored.
+    """A long run in a process of its own, which has saved a checkpoint. It takes SIGINT, also where the tests
+    run in the background of a shell, which has it ignored.
     """
     command = [sys.executable, "-m", "moka.cli", *train_arguments(folder, output), "max_steps=60"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
