@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, nf4
+from .errors import StateError
 from .nf4 import NF4Weight
 
 
@@ -188,3 +189,31 @@ def compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
         return x.dtype
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+
+
+def guard_save_pretrained(model: Any) -> None:
+    """Makes the model's `save_pretrained` an error as long as what it holds would not be saved, or could not
+    be loaded; called whenever that may have changed.
+    """
+    if not hasattr(model, "save_pretrained"):
+        return
+    vars(model).pop("save_pretrained", None)
+    if hasattr(model, "_moka_base"):  # from moka.inject to moka.eject
+        model.save_pretrained = _refuse_to_leave_out_adapters
+    elif any(isinstance(module, NF4Linear) for module in model.modules()):
+        model.save_pretrained = _refuse_to_save_nf4
+
+
+def _refuse_to_leave_out_adapters(*args: Any, **kwargs: Any) -> None:
+    raise StateError(
+        "model.save_pretrained would not save the adapters of moka.inject; call moka.save_adapter (as "
+        "MokaTrainer does, unlike transformers.Trainer), or moka.merge and moka.eject first"
+    )
+
+
+def _refuse_to_save_nf4(*args: Any, **kwargs: Any) -> None:
+    raise StateError(
+        "model.save_pretrained would write the 4-bit weights of moka.quantize, which from_pretrained cannot "
+        "read; keep the original model and quantize it again, save adapters by moka.save_adapter, or merge "
+        "them into 16 bits with the command moka merge"
+    )

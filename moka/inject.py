@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import nf4
-from .bases import NF4Linear, is_linear4bit
+from .bases import guard_save_pretrained, is_linear4bit
 from .config import MokaConfig
 from .errors import ConfigError, StateError
 from .layers import MokaLinear
@@ -39,7 +39,6 @@ class BaseState:
     trainable: list[str] = field(default_factory=list)  # names of the parameters that had requires_grad
     repacking: list[Any] = field(default_factory=list)  # Linear4bit layers that repack in eval mode
     input_grads: bool = False  # the embeddings were made to require gradients
-    save_pretrained: Any = None  # what stood in for the class's method: of an NF4 model, an error
 
 
 def inject(
@@ -251,9 +250,7 @@ def _prepare_base(model: Any) -> None:
             state.trainable.append(name)
             parameter.requires_grad_(False)
     state.repacking = stop_repacking(model)
-    if hasattr(model, "save_pretrained"):
-        state.save_pretrained = vars(model).get("save_pretrained")
-        model.save_pretrained = _refuse_save_pretrained
+    guard_save_pretrained(model)
     if hasattr(model, "_hf_peft_config_loaded"):
         # transformers trains a quantized model only if it is told of an adapter. It then also makes the
         # embeddings' output require gradients when gradient checkpointing is switched on, without which
@@ -264,13 +261,6 @@ def _prepare_base(model: Any) -> None:
         if checkpointing and not hasattr(model, "_require_grads_hook"):
             state.input_grads = True
             model.enable_input_require_grads()
-
-
-def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
-    raise StateError(
-        "model.save_pretrained would not save the adapters of moka.inject; call moka.save_adapter (as "
-        "MokaTrainer does, unlike transformers.Trainer), or moka.merge and moka.eject first"
-    )
 
 
 def stop_repacking(model: nn.Module) -> list[Any]:
@@ -297,14 +287,12 @@ def _restore_base(model: Any) -> None:
         model.get_parameter(name).requires_grad_(True)
     for module in state.repacking:
         module.support_avx512bf16_for_cpu = True
-    vars(model).pop("save_pretrained", None)
-    if state.save_pretrained and any(isinstance(module, NF4Linear) for module in model.modules()):
-        model.save_pretrained = state.save_pretrained  # not if a merge has made the model dense
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = False
     if state.input_grads:
         model.disable_input_require_grads()
     del model._moka_base
+    guard_save_pretrained(model)
 
 
 def refuse_wrapped(model: nn.Module, call: str = "moka.inject") -> None:

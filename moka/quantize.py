@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bases import NF4Linear, base_kind, is_linear4bit
+from .bases import NF4Linear, base_kind, guard_save_pretrained, is_linear4bit
 from .errors import ConfigError, InjectionError, StateError
 from .nf4 import BLOCKSIZES, from_bitsandbytes
 from .targets import matches, output_embedding, walk
@@ -93,17 +93,8 @@ def quantize(
     quantized = tuple(path for paths in groups for path in paths)
     report = QuantizationReport(blocksize, double_quant, quantized, skipped, before, after)
     root.moka_quantization = report
-    if hasattr(model, "save_pretrained"):
-        root.save_pretrained = _refuse_save_pretrained
+    guard_save_pretrained(root)
     return model
-
-
-def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
-    raise StateError(
-        "model.save_pretrained would write the 4-bit weights of moka.quantize, which from_pretrained cannot "
-        "read; keep the original model and quantize it again, save adapters by moka.save_adapter, or merge "
-        "them into 16 bits with the command moka merge"
-    )
 
 
 def layers_to_quantize(
@@ -163,7 +154,7 @@ def dequantize(model: Any, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    vars(model).pop("save_pretrained", None)
+    guard_save_pretrained(model)
     # transformers would otherwise save it as a quantized model, and refuse to cast it
     model.hf_quantizer, model.is_quantized = None, False
     for name in ("quantization_method", "is_loaded_in_4bit"):

@@ -55,11 +55,6 @@ struct Stage {
   }
 };
 
-__device__ __forceinline__ void copy_async16(const void* shared, const void* global) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-}
-
 // values[i]
 template <typename... Values>
 __device__ __forceinline__ float pick(int i, Values... values) {
@@ -150,7 +145,8 @@ struct Nf4Base {
   }
   __device__ void fetch(uint8_t* smem, int buffer, Lane& lane, int64_t first, int steps) const {
     if (lane.codes_step < steps)
-      copy_async16(smem + lane.codes_to + buffer * kCodeBytes, w.packed + (first + lane.codes_from) / 2);
+      copy_async16(shared_address(smem + lane.codes_to + buffer * kCodeBytes), w.packed + (first + lane.codes_from) / 2,
+                   16);
     lane.scale[0] = lane.scale[1];
     if (lane.scale_step < steps) lane.scale[1] = load_scale(first + lane.scale_from >> block_shift);
   }

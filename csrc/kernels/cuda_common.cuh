@@ -102,6 +102,15 @@ __device__ __forceinline__ void load_b8(const Factors<TF>& f, const Component& c
   }
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Copies 16 bytes into shared memory, of which those after the first `bytes` are zeros.
+__device__ __forceinline__ void copy_async16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
 // d += a b on tensor cores: a 16 x 16, b 16 x 8, of T.
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

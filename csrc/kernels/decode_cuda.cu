@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(WARPS* kLanes, WARPS* MT == 8    ? 2
   __syncthreads();
 
   if (!kMixture) let_next_start();
-  const uint32_t table_lane = static_cast<uint32_t>(__cvta_generic_to_shared(table + lane));
+  const uint32_t table_lane = shared_address(table + lane);
   x += static_cast<int64_t>(token0 + g) * K + quad * 16;
   float acc[MT][NT][4] = {};
   for (int chunk = warp; chunk < chunks; chunk += WARPS) {

@@ -135,7 +135,7 @@ struct Rows {
 template <typename T>
 __device__ __forceinline__ void copy4_async(void* to, const T* from, bool here) {
   constexpr int kBytes = 4 * sizeof(T);
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const uint32_t at = shared_address(to);
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes), "r"(here ? kBytes : 0)
                : "memory");
 }

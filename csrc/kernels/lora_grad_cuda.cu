@@ -27,10 +27,6 @@ constexpr int kSharedBytes = kStages * kStageBytes + kWidth * kRank * 2;
 __device__ __forceinline__ int piece_at(int row, int unit) { return row * (kWidth * 2) + (unit ^ row % 8) * 16; }
 __device__ __forceinline__ int inner_at(int row, int unit) { return row * (kRank * 2) + (unit ^ row / 4 % 2) * 16; }
 
-__device__ __forceinline__ void copy_or_zeros(uint32_t to, const void* from, bool here) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(here ? 16 : 0) : "memory");
-}
-
 // Four 8 x 8 matrices, whose rows the lanes name, eight lanes a matrix.
 template <bool kTranspose>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
@@ -57,14 +53,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int column0 = blockIdx.x * kWidth, pieces = static_cast<int>(ceil_div(tokens, kTokens));
   const int begin = static_cast<int>(int64_t{blockIdx.y} * pieces / gridDim.y);
   const int end = static_cast<int>(int64_t{blockIdx.y + 1} * pieces / gridDim.y);
-  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+  const uint32_t shared = shared_address(smem);
   const uint32_t b_at = shared + kStages * kStageBytes;
   let_next_start();
 
   // row `from` of u or B, and whether it is there
   auto copy_inner = [&](uint32_t to, const T* matrix, int row, int unit, int64_t from, bool here) {
     here = here && unit * 8 < rank;
-    copy_or_zeros(to + inner_at(row, unit), here ? matrix + from * rank + unit * 8 : matrix, here);
+    copy_async16(to + inner_at(row, unit), here ? matrix + from * rank + unit * 8 : matrix, here ? 16 : 0);
   };
   auto fetch = [&](int piece) {
     if (piece < end) {
@@ -74,7 +70,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int i = 0; i < kTokens * kWidth / 8 / kThreads; ++i) {
         const int row = warp + i * kWarps, column = column0 + lane * 8;
         const bool here = token0 + row < tokens && column < N;
-        copy_or_zeros(to + piece_at(row, lane), here ? dy + static_cast<int64_t>(token0 + row) * N + column : dy, here);
+        copy_async16(to + piece_at(row, lane), here ? dy + static_cast<int64_t>(token0 + row) * N + column : dy,
+                     here ? 16 : 0);
       }
       if (threadIdx.x < 2 * kTokens) {
         const int row = threadIdx.x / 2;

@@ -1,21 +1,15 @@
 // Hopper instructions used by the kernels: mbarriers, bulk tensor copies, asynchronous warpgroup products.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
 #include <type_traits>
+
+#include "cuda_common.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define MOKA_SM90 1
 #endif
 
 namespace moka::cuda {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 #ifdef MOKA_SM90
 
@@ -60,9 +54,6 @@ __device__ __forceinline__ void copy_box(uint32_t dst, const void* map, int x, i
 }
 
 // Copies 16 bytes (zeros when `bytes` is 0) to shared memory, and lets `bar` know when this thread's copies are done.
-__device__ __forceinline__ void copy_async16(uint32_t dst, const void* src, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
-}
 __device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
 }
