@@ -1,5 +1,7 @@
 """The CUDA kernels for the shapes of models, and for the largest; other cases are in the CPU's tests."""
 
+import itertools
+
 import pytest
 import torch
 from test_kron import Mixture
@@ -130,6 +132,20 @@ def test_linear_of_some_hundred_tokens(dtype, double_quant):
         eager = plain(layer, x, bias, False, False, "auto")
         y = layer.linear(x, bias, mixture=False)
         assert_close_by_rule(y, layer.product(x, bias, mixture=False), eager, dtype, roundings(x, "auto"))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("N, K", [(8512, 2304), (8464, 1280), (2128, 4352), (4256, 256)])
+def test_linear_of_few_tokens(N, K, dtype, double_quant):
+    """More row tiles than thread blocks, in pairs and single; warps with unequal shares of K; every group of tokens."""
+    layer = Layer(N, K, 64, [(N // 16, K // 32, 16, 32), (16, 16, N // 16, K // 16)], dtype, double_quant, shifted)
+    bias = torch.randn(layer.N).to(dtype)
+    for tokens, mixture in itertools.product((1, 4, 5, 8, 9, 16, 17, 32), (False, True)):
+        x = layer.x(tokens, make=shifted)
+        eager = plain(layer, x, bias, False, mixture, "auto")
+        y = layer.linear(x, bias, mixture=mixture)
+        assert_close_by_rule(y, layer.product(x, bias, mixture=mixture), eager, dtype, roundings(x, "auto"))
 
 
 def test_linear_exact():

@@ -128,8 +128,8 @@ CASES = {
     **{f"quantize {d}": (quantize, d, 64) for d in (torch.float32, BF16, torch.float16)},
     **{f"build {name} {d}": (build, name, d) for name in MIXTURES for d in (BF16, torch.float32)},
     **{f"linear {args}": (linear, *args) for args in product((1, 9, 33, 70), (48, 128), (False, True))},
-    # tall enough for the thread blocks of four warps
-    **{f"linear {args}": (linear, *args) for args in ((5, 8464, False), (13, 8464, False))},
+    # tall enough for thread blocks of several tiles, single ones and pairs
+    **{f"linear {args}": (linear, *args) for args in ((5, 8464, False), (13, 8512, False), (6, 8512, True))},
     **{f"rows {args}": (rows, *args) for args in ((5, 48), (40, 128))},
     **{f"lora {rank} {d}": (lora, rank, d) for rank in (3, 24) for d in (BF16, torch.float32)},
     **{f"lora gradients {args}": (lora_grad, *args) for args in ((513, 264, 8), (800, 16648, 16))},

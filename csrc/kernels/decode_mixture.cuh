@@ -14,11 +14,10 @@
 namespace moka::cuda {
 
 constexpr int kMaxDecodeComponents = 16;
-constexpr int kMixtureThreads = 256;      // of at most 96 registers, which two thread blocks of the decode kernel leave
+constexpr int kMixtureThreads = 256;      // of at most 128 registers, half of what a multiprocessor has
 constexpr int kSlices = 16;               // per thread block
-constexpr int kAhead = 4;                 // pieces of the second factor that a warp loads before the first half
 constexpr int kPrefetchBlocks = 128;      // thread blocks that only fetch the weight for the decode kernel
-constexpr int kPrefetchBytes = 16 << 20;  // a larger weight would leave the L2 before it is read
+constexpr int kPrefetchBytes = 18 << 20;  // more would leave the L2 before it is read
 
 // Fetches into the L2 the 16-byte units that hold these bytes.
 __device__ __forceinline__ void prefetch_l2(const void* p, int bytes) {
@@ -33,7 +32,11 @@ __device__ __forceinline__ void prefetch_l2(const void* p, int bytes) {
 __device__ __forceinline__ void prefetch_rows(const Nf4Params& w, int shift2, int64_t row, int rows) {
   const int64_t blocks = w.K / 64, block = row * blocks;
   const int thread = threadIdx.x, count = static_cast<int>(rows * blocks);
-  for (int r = thread; r < rows; r += blockDim.x) prefetch_l2(w.packed + (row + r) * (w.K / 2), w.K / 2);
+  if (thread % 32 == 0) {  // a warp issues these one lane after another
+    const int64_t bytes = rows * (w.K / 2), warps = blockDim.x / 32, warp = thread / 32;
+    const int64_t from = bytes * warp / warps & ~int64_t{15}, end = bytes * (warp + 1) / warps & ~int64_t{15};
+    prefetch_l2(w.packed + row * (w.K / 2) + from, static_cast<int>(end - from));
+  }
   const int last = blockDim.x - 1 - thread;  // another warp's lanes
   if (w.absmax) {
     if (last == 0) prefetch_l2(w.absmax + block, count * 4);
@@ -63,6 +66,10 @@ struct MixturePlan {
 
 // Floats between the slices of v: a multiple of 16, odd times that against bank conflicts.
 __host__ __device__ constexpr int middle_stride(int middle) { return (middle + 15) / 16 * 16 | 16; }
+
+// Pieces of the second factor that a warp loads before the first half. For several tokens fewer, so that the thread
+// block fits beside one of the decode kernel.
+__host__ __device__ constexpr int pieces_ahead(int tokens) { return 4 / tokens; }
 
 // How many warps share 16 columns of v, each taking some of the terms: a power of two.
 __host__ __device__ constexpr int term_parts(int middle) {
@@ -171,23 +178,25 @@ struct Adapters {
   int64_t a_stride, b_stride;
 };
 
-// shares [r, tokens, N]. After `fetchers` thread blocks that only prefetch the weight, each names a
-// token, a component and its slices.
-template <typename T, typename TF>
+// shares [r, tokens, N]. After `fetchers` thread blocks that only prefetch the weight, each names kTokens tokens, of
+// one adapter, a component and its slices.
+template <typename T, typename TF, int kTokens>
 __global__ void __launch_bounds__(kMixtureThreads, 2)
     mixture_kernel(const T* x, int tokens, Factors<TF> f, Adapters adapters, const __grid_constant__ MixturePlan plan,
                    const __grid_constant__ Nf4Params w, int shift2, int fetchers, float* shares) {
   extern __shared__ __align__(16) uint8_t smem[];
-  constexpr int kWarps = kMixtureThreads / 32, kPiece = kMixtureThreads * 4;
+  constexpr int kWarps = kMixtureThreads / 32, kPiece = kMixtureThreads * 4, kAhead = pieces_ahead(kTokens);
   TF* const ahead = reinterpret_cast<TF*>(smem) + threadIdx.x * 4;  // [kAhead, 2, threads, 4], each thread's own
-  float* const v = reinterpret_cast<float*>(smem + kAhead * 2 * kPiece * sizeof(TF));  // [parts, kSlices, stride]
+  // [kTokens, parts, kSlices, stride]
+  float* const v = reinterpret_cast<float*>(smem + kAhead * 2 * kPiece * sizeof(TF));
   if (static_cast<int>(blockIdx.x) < fetchers) {
     const int N = static_cast<int>(w.N), each = static_cast<int>(ceil_div(N, fetchers)), row = blockIdx.x * each;
     if (row < N) prefetch_rows(w, shift2, row, min(each, N - row));
     return;
   }
   const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, quad = thread % 4;
-  const int token = (blockIdx.x - fetchers) / plan.blocks, block = (blockIdx.x - fetchers) % plan.blocks;
+  const int token = (blockIdx.x - fetchers) / plan.blocks * kTokens, block = (blockIdx.x - fetchers) % plan.blocks;
+  const int here = min(kTokens, tokens - token);
   int i = 0;
   while (i + 1 < plan.r && block >= plan.half[i + 1].first_block) ++i;
   const Half& h = plan.half[i];
@@ -237,11 +246,12 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
 
   const int64_t x_step[3] = {h.a_first ? h.x_term : 2, h.a_first ? 2 * h.x_term : h.x_middle,
                              h.a_first ? 3 * h.x_term : h.x_middle + 2};
-  for (int item = warp; item < tiles * parts && !h.identity; item += kWarps) {
-    const int part = item & (parts - 1), column = (item >> (31 - __clz(parts))) * 16;
+  for (int item = warp; item < here * tiles * parts && !h.identity; item += kWarps) {
+    const int of = item / (tiles * parts), rest = item - of * tiles * parts;
+    const int part = rest & (parts - 1), column = (rest >> (31 - __clz(parts))) * 16;
     int term = part * 16 + quad * 4;
     const TF* row = first + g * h.terms + term;
-    const T* from = x + static_cast<int64_t>(term) * h.x_term + (column + 2 * g) * h.x_middle;
+    const T* from = x + of * w.K + static_cast<int64_t>(term) * h.x_term + (column + 2 * g) * h.x_middle;
     const bool inside = column + 2 * g < h.middle;
     float even[4] = {}, odd[4] = {};
     for (int step = part; step < steps; step += 2 * parts) {
@@ -261,15 +271,16 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
         mma_tf32(odd, low, high, b[j].column(h.a_first, 1));
       }
     }
-    float4* to = reinterpret_cast<float4*>(v + (part * kSlices + g) * stride + column + quad * 4);
+    float4* to = reinterpret_cast<float4*>(v + ((of * parts + part) * kSlices + g) * stride + column + quad * 4);
     to[0] = make_float4(even[0], odd[0], even[1], odd[1]);
     to[2 * stride] = make_float4(even[2], odd[2], even[3], odd[3]);
   }
   __syncthreads();
   static_assert(kMixtureThreads == 16 * kSlices);
   const int slice = thread / 16;
-  for (int column = thread % 16 * 4; column < tiles * 16; column += 64) {
-    float4* to = reinterpret_cast<float4*>(v + slice * stride + column);
+  for (int item = thread % 16; item < here * tiles * 4; item += 16) {
+    const int of = item / (tiles * 4), column = (item - of * tiles * 4) * 4;
+    float4* to = reinterpret_cast<float4*>(v + (of * parts * kSlices + slice) * stride + column);
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
     if (!h.identity) {
       for (int part = 0; part < parts; ++part) {
@@ -277,7 +288,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
         sum.x += add.x, sum.y += add.y, sum.z += add.z, sum.w += add.w;
       }
     } else if (slice < slices && column < h.middle) {
-      const T* from = x + (slice0 + slice) * h.x_term + column * h.x_middle;
+      const T* from = x + of * w.K + (slice0 + slice) * h.x_term + column * h.x_middle;
       sum = make_float4(to_float(from[0]), to_float(from[h.x_middle]), to_float(from[2 * h.x_middle]),
                         to_float(from[3 * h.x_middle]));
     }
@@ -288,9 +299,9 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
 
   float* const y = shares + (static_cast<int64_t>(i) * tokens + token) * w.N + slice0 * h.y_slice;
   const int column = quad * 4;  // of 16 slices, the first of this lane's four
-  const auto store = [&](int row, float4 values) {
-    if (row >= h.rows) return;
-    float* to = y + row * h.y_row + column * h.y_slice;
+  const auto store = [&](int of, int row, float4 values) {
+    if (row >= h.rows || of >= here) return;
+    float* to = y + of * w.N + row * h.y_row + column * h.y_slice;
     if (h.y_slice == 1 && h.slices % 4 == 0) {
       if (column < slices) *reinterpret_cast<float4*>(to) = values;
       return;
@@ -301,7 +312,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
     if (column + 3 < slices) to[3 * h.y_slice] = values.w;
   };
   const float* from = v + (g / 2 * 4 + g % 2) * stride + quad * 4;  // column g of the first product; + 2: the second
-  float low[4] = {}, high[4] = {};
+  float low[kTokens][4] = {}, high[kTokens][4] = {};
   int tile = warp, step = 0;
   for (int piece = 0; piece < pieces; piece += kAhead) {
     if (piece) load_ahead(pieces - piece);
@@ -310,26 +321,33 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
     for (int j = 0; j < kAhead; ++j) {
       if (piece + j >= pieces) break;
       const uint4 a_low = tf32(load4(ahead + j * 2 * kPiece)), a_high = tf32(load4(ahead + (j * 2 + 1) * kPiece));
-      mma_tf32(low, a_low, a_high, *reinterpret_cast<const uint4*>(from + step * 16));
-      mma_tf32(high, a_low, a_high, *reinterpret_cast<const uint4*>(from + 2 * stride + step * 16));
-      if (++step < tiles) continue;
-      store(tile * 16 + g, make_float4(low[0], low[1], high[0], high[1]));
-      store(tile * 16 + g + 8, make_float4(low[2], low[3], high[2], high[3]));
 #pragma unroll
-      for (int e = 0; e < 4; ++e) low[e] = high[e] = 0.f;
+      for (int of = 0; of < kTokens; ++of) {  // what is of no token is not stored
+        const float* at = from + of * parts * kSlices * stride + step * 16;
+        mma_tf32(low[of], a_low, a_high, *reinterpret_cast<const uint4*>(at));
+        mma_tf32(high[of], a_low, a_high, *reinterpret_cast<const uint4*>(at + 2 * stride));
+      }
+      if (++step < tiles) continue;
+#pragma unroll
+      for (int of = 0; of < kTokens; ++of) {
+        store(of, tile * 16 + g, make_float4(low[of][0], low[of][1], high[of][0], high[of][1]));
+        store(of, tile * 16 + g + 8, make_float4(low[of][2], low[of][3], high[of][2], high[of][3]));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) low[of][e] = high[of][e] = 0.f;
+      }
       step = 0, tile += kWarps;
     }
   }
 }
 
-// Bytes of shared memory that the kernel needs for factors of so many bytes an entry.
-inline int mixture_bytes(const MixturePlan& plan, int entry) {
+// Bytes of shared memory that the kernel needs for factors of so many bytes an entry, and so many tokens at a time.
+inline int mixture_bytes(const MixturePlan& plan, int entry, int tokens) {
   int bytes = 0;
   for (int i = 0; i < plan.r; ++i) {
     const int middle = plan.half[i].middle;
     bytes = std::max(bytes, term_parts(middle) * kSlices * middle_stride(middle) * 4);
   }
-  return bytes + kAhead * 2 * kMixtureThreads * 4 * entry;
+  return bytes * tokens + pieces_ahead(tokens) * 2 * kMixtureThreads * 4 * entry;
 }
 
 }  // namespace moka::cuda

@@ -44,7 +44,7 @@ inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const Mixt
   if (transpose || !sixteen_bit(dtype)) return LinearKernel::kBuild;
   const bool mixed = mix.shapes.r > 0, few = decode_supports(w) && decode_supports(mix);
   const bool gemm = at::cuda::getCurrentDeviceProperties()->major == 9 && nf4_gemm_supports(w);
-  if (few && tokens <= 16) return LinearKernel::kDecode;
+  if (few && tokens <= (w.N * w.K <= 1 << 24 ? 32 : 16)) return LinearKernel::kDecode;
   // up to 512 tokens, and 128 of a small weight, whose dense copy is quickly made
   if (gemm && !mixed && tokens <= (w.N * w.K < 1 << 23 ? 128 : 512)) return LinearKernel::kGemmSm90;
   if (!few || tokens > kMaxDecodeTokens) return LinearKernel::kBuild;
