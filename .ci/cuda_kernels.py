@@ -26,12 +26,6 @@ FLAGS += ["-diag-suppress=177"]  # unused: what only the code for another archit
 ALLOWED: list[tuple[str, str, int, str]] = [
     (
         "80 90a",
-        "decode_kernel<",
-        44,
-        "capped at 128 registers, so that 16 warps share a multiprocessor",
-    ),
-    (
-        "80 90a",
         "build_lora_kernel<.*, 4, true, 2>",
         72,
         "capped at 128 registers, so that two blocks hide each other's loads; only for ranks above 16",
