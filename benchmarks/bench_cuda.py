@@ -108,7 +108,10 @@ def training(N: int, K: int, quick: bool, tokens: int = 4096) -> Timings:
         "frozen bitsandbytes": lambda: adapted.base_layer,
         "moka": lambda: adapted,
     }
-    peers: Layers = {"plain PyTorch": lambda: plain(adapted)}
+    peers: Layers = {
+        "moka, bf16 base": lambda: with_moka(dense(N, K)),
+        "plain PyTorch": lambda: plain(adapted),
+    }
     if not quick:
         peers |= peft_layers(N, K) | {"LyCORIS LoKr, bf16 base": lambda: with_lycoris(dense(N, K))}
     yield tokens, time_steps(layers | peers, N, K, tokens) | time_steps(layers, N, K, tokens, graph=True)

@@ -22,6 +22,7 @@ TRAINING = {
     "frozen bf16": "frozen, bf16",
     "frozen bitsandbytes": "frozen, bitsandbytes",
     "moka": "**moka**",
+    "moka, bf16 base": "moka, bf16 base",
     "peft LoRA r=16": "peft LoRA, r = 16",
     "peft LoRA r=64": "peft LoRA, r = 64",
     "peft DoRA r=16": "peft DoRA, r = 16",

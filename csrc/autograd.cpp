@@ -7,6 +7,10 @@
 // them: they call nothing but operators that have fakes.
 #include "autograd.h"
 
+#ifdef MOKA_WITH_CUDA
+#include "ops/merge_dense.h"
+#endif
+
 namespace moka {
 namespace {
 
@@ -26,6 +30,14 @@ Tensor nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, c
                   int64_t N, int64_t K, const OptionalTensor& bias, const OptionalTensor& A, const OptionalTensor& B,
                   const OptionalTensor& alpha, at::IntArrayRef shapes, bool transpose, c10::string_view path);
 
+// Whether the mixture is added to a dense base before the product.
+bool merges(const Tensor& x, const FlatMixture& mix, c10::string_view path) {
+#ifdef MOKA_WITH_CUDA
+  if (path == "auto") return cuda::merges_dense(x, *mix.A, mix.shapes);
+#endif
+  return path == "merged";
+}
+
 Tensor apply_layer(const Tensor& x, const Base& base, const OptionalTensor& bias, const FlatMixture& mix,
                    bool transpose, c10::string_view path) {
   if (!base.sizes.empty()) {
@@ -38,7 +50,8 @@ Tensor apply_layer(const Tensor& x, const Base& base, const OptionalTensor& bias
   OptionalTensor y;
   if (!base.tensors.empty()) {
     Tensor weight = cast(base.tensors[0], x.scalar_type());
-    if (path == "merged") {
+    const bool merged = merges(x, mix, path);
+    if (merged) {
       static const auto op =
           find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::IntArrayRef)>(
               "moka::kron_add");
@@ -46,7 +59,7 @@ Tensor apply_layer(const Tensor& x, const Base& base, const OptionalTensor& bias
     }
     y = transpose ? at::matmul(x, weight)
                   : at::linear(x, weight, bias ? OptionalTensor(cast(*bias, x.scalar_type())) : std::nullopt);
-    if (path == "merged") return *y;
+    if (merged) return *y;
   }
   static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::IntArrayRef,
                                         bool, const OptionalTensor&)>("moka::kron_mix");

@@ -6,9 +6,11 @@ import pytest
 import torch
 from test_kron import Mixture
 from test_nf4 import Layer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import assert_close_by_rule, integers, roundings, shifted
 from moka import nf4, reference
+from moka.functional import moka_linear
 from moka.rules import plan_shapes
 
 pytestmark = pytest.mark.cuda
@@ -86,6 +88,36 @@ def test_merged_weight(name, dtype):
 
 @by_dtype
 @by_case
+def test_dense_base(name, dtype):
+    """A mixture whose dense form is quickly made joins the weight; another is a product of its own."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func)
+            return func(*args, **(kwargs or {}))
+
+    layer = make_layer(name, dtype)
+    base = layer.weight.dequantize(dtype)
+    want = base.double() + layer.dense() - layer.dense(mixture=False)
+    A, B, alpha, _ = layer.mixture
+    for tokens in (1, 40):
+        called, x, bias = set(), layer.x(tokens).requires_grad_(), torch.randn(layer.N).to(dtype)
+        with Recorder():
+            y = moka_linear(x, base, bias, A, B, alpha, layer.shapes)
+            dy = torch.randn_like(y)
+            (dx,) = torch.autograd.grad(y, x, dy)
+        assert {ops.kron_add.default, ops.kron_mix.default} & called == {
+            ops.kron_mix.default if name == "low_rank" else ops.kron_add.default
+        }
+        with torch.no_grad():
+            eager = x @ want.to(dtype).T + bias, dy @ want.to(dtype)
+            expected = x.double() @ want.T + bias.double(), dy.double() @ want
+        for actual, exact, plain in zip((y, dx), expected, eager, strict=True):
+            assert_close_by_rule(actual, exact, plain, dtype, roundings(x, "auto"))
+
+
+@by_dtype
+@by_case
 def test_linear(name, dtype):
     """Both directions, with and without bias and mixture, on every path and on both sides of every choice."""
     layer = make_layer(name, dtype)
@@ -138,8 +170,9 @@ def test_linear_of_some_hundred_tokens(dtype, double_quant):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("N, K", [(8512, 2304), (8464, 1280), (2128, 4352), (4256, 256)])
 def test_linear_of_few_tokens(N, K, dtype, double_quant):
-    """More row tiles than thread blocks, in pairs and single; warps with unequal shares of K; every group of tokens."""
-    layer = Layer(N, K, 64, [(N // 16, K // 32, 16, 32), (16, 16, N // 16, K // 16)], dtype, double_quant, shifted)
+    """More row tiles than thread blocks, in pairs and single; unequal shares of K; every group of tokens."""
+    shapes = [(N // 16, K // 32, 16, 32), (16, 16, N // 16, K // 16)]
+    layer = Layer(N, K, 64, shapes, dtype, double_quant, shifted)
     bias = torch.randn(layer.N).to(dtype)
     for tokens, mixture in itertools.product((1, 4, 5, 8, 9, 16, 17, 32), (False, True)):
         x = layer.x(tokens, make=shifted)

@@ -54,6 +54,11 @@ inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const Mixt
   return apart ? LinearKernel::kDecode : LinearKernel::kBuild;
 }
 
+// The mixture joins a copy of a dense weight, rather than y in a second product, where that copy is quickly made.
+inline bool merges_dense(const KronParams& mixture, at::ScalarType x, at::ScalarType factors) {
+  return x != at::kDouble && factors != at::kDouble && build_is_fast(mixture);
+}
+
 // A low-rank update joins the dense copy that many tokens go through, rather than y in another pass over it.
 inline bool merges_lora(int64_t tokens, const Nf4Params& w, const at::Tensor& A, at::ScalarType x,
                         at::ScalarType result) {

@@ -4,6 +4,7 @@
 #include "choose_cuda.h"
 #include "kernels/kron_grad_cuda.h"
 #include "kron_cuda.h"
+#include "merge_dense.h"
 
 namespace moka::cuda {
 namespace {
@@ -117,6 +118,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
 }
 
 }  // namespace
+
+bool merges_dense(const at::Tensor& x, const at::Tensor& A, at::IntArrayRef shapes) {
+  const Mixture mix = parse_shapes(shapes);
+  return x.is_cuda() && merges_dense(mix.params(), x.scalar_type(), A.scalar_type());
+}
 
 at::Tensor kron_mix(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const at::Tensor& alpha,
                     at::IntArrayRef shapes, bool transpose, const std::optional<at::Tensor>& add) {
