@@ -43,7 +43,7 @@ __device__ __forceinline__ uint32_t look_up(uint32_t table, uint32_t word, int i
   return v;
 }
 
-// By shared addresses that are worked out once: the compiler would find a generic pointer's again in every round.
+// Shared memory by addresses that are worked out once: for generic pointers the compiler does so in every round.
 __device__ __forceinline__ uint2 load_shared8(uint32_t at) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
@@ -122,12 +122,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
                   const float* shares, int components, const int32_t* adapter, bool prefetch, T* y) {
   extern __shared__ __align__(128) uint8_t smem[];
   constexpr int kRows = 16 * MT, kStride = 8 * NT + 1, kSlot = Slot<MT>::kBytes;
-  static_assert(kRows * kStride * 4 <= kSlot);  // a warp's sums
-  constexpr int kAheadX = NT > 1 ? 1 : 4;       // blocks of x in registers
+  constexpr int kAheadX = NT > 1 ? 1 : 4;                                // blocks of x in registers
+  static_assert(kRows * kStride * 4 <= kSlot && kDecodeThreads == 256);  // a warp's sums; a thread per code2
   uint32_t table = shared_address(smem);
-  asm("" : "+r"(table));                                                // or it is worked out again and again
-  const uint32_t code2 = table + kTableBytes, slots = code2 + 256 * 4;  // [kStages, kWarps]
-  const int warp = __shfl_sync(~0u, threadIdx.x / kLanes, 0);           // one value, as the compiler sees now
+  asm("" : "+r"(table));  // opaque, or the compiler works it out again in every round
+  const uint32_t code2 = table + kTableBytes;
+  const uint32_t slots = code2 + 256 * 4;                      // [kStages, kWarps]
+  const int warp = __shfl_sync(~0u, threadIdx.x / kLanes, 0);  // the same for all lanes, which the compiler sees now
   const int lane = threadIdx.x % kLanes, g = lane / 4, quad = lane % 4;
   const int K = static_cast<int>(w.K), N = static_cast<int>(w.N);
   const int token0 = blockIdx.y * 8 * NT, count = min(8 * NT, tokens - token0);
@@ -141,7 +142,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   if (NT > 1) let_next_start();  // earlier than below is slower for few tokens, and faster for these
   const bool nested = w.absmax == nullptr;
   const float offset = nested ? __ldcg(w.offset) : 0.f;
-  static_assert(kDecodeThreads == 256);
   const float code = nested ? __ldcg(w.code2 + threadIdx.x) : 0.f;  // before the many loads that follow
 
   x += static_cast<int64_t>(token0 + g) * K + quad * 16;
@@ -238,7 +238,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
         }
       }
       __syncwarp();
-
       if (step + 1 == steps) break;  // the slot takes the sums first
       fetch(slot);
       slot = (slot + 1) % kStages;
