@@ -31,9 +31,9 @@ Tensor nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, c
                   const OptionalTensor& alpha, at::IntArrayRef shapes, bool transpose, c10::string_view path);
 
 // Whether the mixture is added to a dense base before the product.
-bool merges(const Tensor& x, const FlatMixture& mix, c10::string_view path) {
+bool merges(const Tensor& weight, const FlatMixture& mix, c10::string_view path) {
 #ifdef MOKA_WITH_CUDA
-  if (path == "auto") return cuda::merges_dense(x, *mix.A, mix.shapes);
+  if (path == "auto") return cuda::merges(weight, *mix.A, mix.shapes);
 #endif
   return path == "merged";
 }
@@ -50,7 +50,7 @@ Tensor apply_layer(const Tensor& x, const Base& base, const OptionalTensor& bias
   OptionalTensor y;
   if (!base.tensors.empty()) {
     Tensor weight = cast(base.tensors[0], x.scalar_type());
-    const bool merged = merges(x, mix, path);
+    const bool merged = merges(weight, mix, path);
     if (merged) {
       static const auto op =
           find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::IntArrayRef)>(

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConfigError
 from .nf4 import NF4Weight
@@ -147,7 +147,7 @@ def moka_linear(
         weight: `[N, K]`, NF4 or dense; frozen, it gets no gradient.
         bias: `[N]` or None.
         path: "merged" adds the mixture to each weight tile before one matrix product; "factored" runs the
-            activations through the factors; "auto" chooses by the number of tokens, from measurements.
+            activations through the factors; "auto" chooses by device, tokens and shapes, from measurements.
 
     Returns:
         `[..., N]` in x's dtype. Differentiable in x, bias, A, B and alpha.
@@ -230,7 +230,17 @@ def linear(x: Tensor, base: tuple, bias: Tensor | None, mixture: tuple, path: st
         raise ConfigError(
             "weight: the base of an adapted layer gets no gradient; call weight.requires_grad_(False)"
         )
-    return torch.ops.moka.dense_linear.default(x, *(base or (None,)), bias, *mixture, path)
+    return torch.ops.moka.dense_linear.default(x, *(base or (None,)), bias, *mixture, dense_path(path, base))
+
+
+def dense_path(path: str, base: tuple) -> str:
+    """`path`, but "factored" for "auto" where only the tensor itself knows how to multiply by the weight.
+
+    Subclasses of other libraries, such as torchao's quantized weights, call themselves floating point.
+    """
+    if path == "auto" and base and type(base[0]) not in (Tensor, nn.Parameter):
+        return "factored"
+    return path
 
 
 def is_low_rank(x: Tensor, base: tuple, mixture: tuple) -> bool:

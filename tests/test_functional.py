@@ -90,6 +90,19 @@ def test_values_and_gradients_by_the_rule(kind, path, dtype, device):
         assert_close_by_rule(actual, exact, eager, expected_dtype, count, reduces_tokens=True)
 
 
+class ForeignWeight(torch.Tensor):
+    """What a library makes that quantizes by a subclass."""
+
+
+def test_a_foreign_weight_is_multiplied_by_itself():
+    weight = torch.randn(N, K)
+    assert F.dense_path("auto", (weight,)) == F.dense_path("auto", (torch.nn.Parameter(weight),)) == "auto"
+    foreign = weight.as_subclass(ForeignWeight)
+    assert [F.dense_path(path, (foreign,)) for path in F.PATHS] == ["factored", "merged", "factored"]
+    y = F.moka_linear(torch.randn(2, K), foreign, None, *factors(), SHAPES)
+    assert y.shape == (2, N)
+
+
 def test_only_needed_gradients_are_computed(device):
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -77,8 +77,9 @@ inline bool has_identity(const KronParams& p) {
   return false;
 }
 
-// How mixture_kernel walks W; false when the shapes are not periodic.
+// How mixture_kernel walks W; false when the shapes are not periodic, or too many.
 inline bool plan_walk(const KronParams& p, Walk* walk) {
+  if (p.r > kMaxPeriodic) return false;
   for (int shift = 2; shift >= 0; --shift) {  // the widest cells that lie in one entry of every A_i
     *walk = {static_cast<int>(p.K), 0, 0, 0, 0, shift, 0, 0};
     bool cells = true;
@@ -109,7 +110,7 @@ cudaError_t build(Base base, bool vector_base, int64_t N, int64_t K, const Mixtu
   const Factors<TF> f = {static_cast<const TF*>(mix.A), static_cast<const TF*>(mix.B), mix.alpha};
   Walk walk;
   if constexpr (sizeof(T) <= 4)
-    if (vector && mix.shapes.r <= kMaxPeriodic && plan_walk(mix.shapes, &walk)) {
+    if (vector && plan_walk(mix.shapes, &walk)) {
       int resident = 0;
       cudaError_t error = resident_blocks(kMixtureBlocks, &resident);
       if (error != cudaSuccess) return error;

@@ -37,7 +37,7 @@ cudaError_t launch_build_from_nf4(const Nf4Params& w, const MixtureArgs& mix, Dt
 cudaError_t launch_build_from_dense(const void* base, const MixtureArgs& mix, Dtype dtype, void* out,
                                     cudaStream_t stream);
 
-// Whether the tensor-core kernel takes these shapes, for all but fp64: periodic ones, at most 12.
+// Whether the tensor-core kernel takes these shapes: few of them, and periodic; and a base and `out` on 16 bytes.
 bool build_is_fast(const KronParams& mixture);
 
 }  // namespace moka::cuda

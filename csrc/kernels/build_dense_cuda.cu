@@ -31,7 +31,7 @@ cudaError_t launch_build_from_dense(const void* base, const MixtureArgs& mix, Dt
 
 bool build_is_fast(const KronParams& mixture) {
   Walk walk;
-  return mixture.r <= kMaxPeriodic && plan_walk(mixture, &walk);
+  return plan_walk(mixture, &walk);
 }
 
 }  // namespace moka::cuda

@@ -5,9 +5,11 @@
 namespace moka::cuda {
 namespace {
 
-// Of what a multiprocessor divides between shared memory and cache, all for two thread blocks of the decode kernel; one
-// beside those of a mixture leaves them some cache.
-constexpr int kSharedPercent = 100, kMixturePercent = 72;
+// Percent of what a multiprocessor divides between shared memory and cache. Two kernels share one only if they divide
+// it alike; mixtures gain from the cache. H200.
+constexpr int kSharedPercent = 100;  // two thread blocks of the decode kernel
+constexpr int kMixturePercent = 72;  // one, beside those of a mixture
+constexpr int kSharesPercent = 44;   // a mixture's, with another kernel to follow
 
 struct DecodeArgs {
   const void* x;
@@ -22,9 +24,10 @@ struct DecodeArgs {
   cudaStream_t stream;
   bool overlapping = can_overlap();
   int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  int optin = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   bool pairs;      // of row tiles per thread block
   int per_device;  // thread blocks of the decode kernel, for one group of tokens
-  bool alone;      // they leave room for nothing else
+  int percent;
 
   DecodeArgs(const void* x, int64_t tokens, const Nf4Params& w, const void* bias, const MixtureArgs& mix,
              const MixturePlan& plan, float* shares, void* y, cudaStream_t stream)
@@ -39,13 +42,18 @@ struct DecodeArgs {
         stream(stream) {
     while (!w.absmax && (int64_t{1} << shift2) < w.blocksize2) ++shift2;
     // Two row tiles read x half as often; a weight of few rows is spread over more thread blocks.
-    pairs = w.N % 32 == 0 && w.N / 16 > multiprocessors &&
-            decode_bytes<2>() <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    pairs = w.N % 32 == 0 && w.N / 16 > multiprocessors && resident(decode_bytes<2>()) == 2;
     // H200: one thread block per multiprocessor lets the next launch begin beside it; if there is more to do than that,
     // twice the warps gain more.
     const int64_t tiles = w.N / (pairs ? 32 : 16);
-    alone = tiles > multiprocessors;
-    per_device = static_cast<int>(std::min<int64_t>(tiles, alone ? 2 * multiprocessors : multiprocessors));
+    const int most = multiprocessors * resident(pairs ? decode_bytes<2>() : decode_bytes<1>());
+    per_device = static_cast<int>(tiles < most ? tiles : most);
+    percent = plan.r && tiles <= multiprocessors ? kMixturePercent : kSharedPercent;
+  }
+  // Thread blocks of so much shared memory that a multiprocessor holds, of the two that its registers allow.
+  static int resident(int bytes) {
+    constexpr int kReserved = 1024;  // per thread block, by the system
+    return 2 * (bytes + kReserved) <= device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) ? 2 : 1;
   }
   // Whether so many of its rows are fetched ahead.
   bool prefetches(int64_t rows) const { return overlapping && rows * w.K / 2 <= kPrefetchBytes; }
@@ -53,10 +61,10 @@ struct DecodeArgs {
 
 template <typename... Params, typename... Args>
 cudaError_t launch(const DecodeArgs& d, void (*kernel)(Params...), dim3 grid, int threads, int bytes, Args... args) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess)  // two kernels share a multiprocessor only if they divide its memory alike
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 d.plan.r && !d.alone ? kMixturePercent : kSharedPercent);
+  // the most there is: other threads may launch the kernel with other sizes
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.optin);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, d.percent);
   if (error != cudaSuccess) return error;
   return launch_overlapping(kernel, grid, threads, bytes, d.stream, d.overlapping, args...);
 }
@@ -82,9 +90,9 @@ cudaError_t launch_main(const DecodeArgs& d) {
 
 template <typename T>
 cudaError_t shares(const DecodeArgs& d) {
-  const bool several = d.tokens > 4 && !d.mix.adapter;
-  if (d.mix.factor_dtype == Dtype::kF32)
-    return several ? launch_mixture<T, float, 2>(d) : launch_mixture<T, float, 1>(d);
+  const bool fp32 = d.mix.factor_dtype == Dtype::kF32;
+  const bool several = d.tokens > 4 && !d.mix.adapter && mixture_bytes(d.plan, fp32 ? 4 : 2, 2) <= d.optin;
+  if (fp32) return several ? launch_mixture<T, float, 2>(d) : launch_mixture<T, float, 1>(d);
   return several ? launch_mixture<T, T, 2>(d) : launch_mixture<T, T, 1>(d);
 }
 
@@ -120,7 +128,7 @@ bool decode_supports(const MixtureArgs& mix) {
   }
   ok = ok && mix.a_stride % vector == 0 && mix.b_stride % vector == 0;
   return ok && p.K < (1 << 20) &&
-         mixture_bytes(plan, 16 / vector, 2) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+         mixture_bytes(plan, 16 / vector, 1) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixture.r * mixture.N * tokens; }
@@ -128,7 +136,8 @@ int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixtu
 cudaError_t launch_shares(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const MixtureArgs& mix,
                           float* scratch, cudaStream_t stream) {
   const MixturePlan plan = plan_mixture(mix.shapes);
-  const DecodeArgs d(x, tokens, w, nullptr, mix, plan, scratch, nullptr, stream);
+  DecodeArgs d(x, tokens, w, nullptr, mix, plan, scratch, nullptr, stream);
+  d.percent = kSharesPercent;
   return dtype == Dtype::kBF16 ? shares<__nv_bfloat16>(d) : shares<__half>(d);
 }
 

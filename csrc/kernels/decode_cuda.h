@@ -11,10 +11,12 @@ namespace moka::cuda {
 
 constexpr int64_t kMaxDecodeTokens = 64;
 
-// Whether the kernels take this weight: K a multiple of 256, N of 16, blocks of 64, aligned.
+// Whether the kernels take this weight: K a multiple of 256, N of 16, blocks of 64, of a nested absmax a power of two
+// from 4 on, aligned.
 bool decode_supports(const Nf4Params& w);
 
-// Whether they take this mixture: at most 16 components, na and nb multiples of 4, aligned.
+// Whether they take this mixture: at most 16 components, na, nb and offsets in whole units of 16 bytes, aligned, and
+// its intermediates of one token within shared memory.
 bool decode_supports(const MixtureArgs& mix);
 
 // Floats of scratch that launch_decode needs for the mixture's intermediates.

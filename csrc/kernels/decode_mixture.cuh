@@ -3,8 +3,8 @@
 // A component works on slices that need nothing of each other. With A first, slice ia computes the row
 // v[jb] = alpha sum_ja A[ia, ja] X[ja, jb] and from it mb outputs y[ia, ib] = sum_jb B[ib, jb] v[jb]; with B first,
 // slice ib computes v[ja] = alpha sum_jb B[ib, jb] X[ja, jb] and y[ia, ib] = sum_ja A[ia, ja] v[ja]. A thread block
-// takes 16 slices of one token, both halves on tensor cores in tf32, which holds 16-bit activations exactly. It waits
-// for memory once: what both halves read goes straight to the registers of the warps that multiply it.
+// takes 16 slices of one token or two, both halves on tensor cores in tf32, which holds 16-bit activations exactly.
+// What both halves read is loaded before the first one starts, as far as there is room.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ namespace moka::cuda {
 constexpr int kMaxDecodeComponents = 16;
 constexpr int kMixtureThreads = 256;      // of at most 128 registers, half of what a multiprocessor has
 constexpr int kSlices = 16;               // per thread block
-constexpr int kPrefetchBlocks = 128;      // thread blocks that only fetch the weight for the decode kernel
+constexpr int kPrefetchBlocks = 128;      // thread blocks that only fetch the weight for the kernel that follows
 constexpr int kPrefetchBytes = 18 << 20;  // more would leave the L2 before it is read
 
 // Fetches into the L2 the 16-byte units that hold these bytes.
@@ -37,7 +37,7 @@ __device__ __forceinline__ void prefetch_rows(const Nf4Params& w, int shift2, in
     const int64_t from = bytes * warp / warps & ~int64_t{15}, end = bytes * (warp + 1) / warps & ~int64_t{15};
     prefetch_l2(w.packed + row * (w.K / 2) + from, static_cast<int>(end - from));
   }
-  const int last = blockDim.x - 1 - thread;  // another warp's lanes
+  const int last = blockDim.x - 1 - thread;  // lanes of the last warp
   if (w.absmax) {
     if (last == 0) prefetch_l2(w.absmax + block, count * 4);
   } else {
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
   }
   const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, quad = thread % 4;
   const int token = (blockIdx.x - fetchers) / plan.blocks * kTokens, block = (blockIdx.x - fetchers) % plan.blocks;
-  const int here = min(kTokens, tokens - token);
+  const int own = min(kTokens, tokens - token);
   int i = 0;
   while (i + 1 < plan.r && block >= plan.half[i + 1].first_block) ++i;
   const Half& h = plan.half[i];
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
 
   const int64_t x_step[3] = {h.a_first ? h.x_term : 2, h.a_first ? 2 * h.x_term : h.x_middle,
                              h.a_first ? 3 * h.x_term : h.x_middle + 2};
-  for (int item = warp; item < here * tiles * parts && !h.identity; item += kWarps) {
+  for (int item = warp; item < own * tiles * parts && !h.identity; item += kWarps) {
     const int of = item / (tiles * parts), rest = item - of * tiles * parts;
     const int part = rest & (parts - 1), column = (rest >> (31 - __clz(parts))) * 16;
     int term = part * 16 + quad * 4;
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
   __syncthreads();
   static_assert(kMixtureThreads == 16 * kSlices);
   const int slice = thread / 16;
-  for (int item = thread % 16; item < here * tiles * 4; item += 16) {
+  for (int item = thread % 16; item < own * tiles * 4; item += 16) {
     const int of = item / (tiles * 4), column = (item - of * tiles * 4) * 4;
     float4* to = reinterpret_cast<float4*>(v + (of * parts * kSlices + slice) * stride + column);
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
   float* const y = shares + (static_cast<int64_t>(i) * tokens + token) * w.N + slice0 * h.y_slice;
   const int column = quad * 4;  // of 16 slices, the first of this lane's four
   const auto store = [&](int of, int row, float4 values) {
-    if (row >= h.rows || of >= here) return;
+    if (row >= h.rows || of >= own) return;
     float* to = y + of * w.N + row * h.y_row + column * h.y_slice;
     if (h.y_slice == 1 && h.slices % 4 == 0) {
       if (column < slices) *reinterpret_cast<float4*>(to) = values;

@@ -44,6 +44,7 @@ inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const Mixt
   if (transpose || !sixteen_bit(dtype)) return LinearKernel::kBuild;
   const bool mixed = mix.shapes.r > 0, few = decode_supports(w) && decode_supports(mix);
   const bool gemm = at::cuda::getCurrentDeviceProperties()->major == 9 && nf4_gemm_supports(w);
+  // H200: beyond 16 tokens the other kernels read a large weight faster
   if (few && tokens <= (w.N * w.K <= 1 << 24 ? 32 : 16)) return LinearKernel::kDecode;
   // up to 512 tokens, and 128 of a small weight, whose dense copy is quickly made
   if (gemm && !mixed && tokens <= (w.N * w.K < 1 << 23 ? 128 : 512)) return LinearKernel::kGemmSm90;
@@ -55,8 +56,11 @@ inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const Mixt
 }
 
 // The mixture joins a copy of a dense weight, rather than y in a second product, where that copy is quickly made.
-inline bool merges_dense(const KronParams& mixture, at::ScalarType x, at::ScalarType factors) {
-  return x != at::kDouble && factors != at::kDouble && build_is_fast(mixture);
+// A weight of other strides, or off 16 bytes, would be copied first or take the slow kernel.
+inline bool merges_dense(const at::Tensor& weight, const KronParams& mixture, at::ScalarType factors) {
+  const bool aligned = weight.storage_offset() * static_cast<int64_t>(weight.itemsize()) % 16 == 0;
+  return weight.scalar_type() != at::kDouble && factors != at::kDouble && weight.is_contiguous() && aligned &&
+         build_is_fast(mixture);
 }
 
 // A low-rank update joins the dense copy that many tokens go through, rather than y in another pass over it.

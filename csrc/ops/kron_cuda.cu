@@ -119,9 +119,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kron_mix_grad(const at::Tensor& x
 
 }  // namespace
 
-bool merges_dense(const at::Tensor& x, const at::Tensor& A, at::IntArrayRef shapes) {
+bool merges(const at::Tensor& weight, const at::Tensor& A, at::IntArrayRef shapes) {
+  if (!weight.is_cuda()) return false;
   const Mixture mix = parse_shapes(shapes);
-  return x.is_cuda() && merges_dense(mix.params(), x.scalar_type(), A.scalar_type());
+  return merges_dense(weight, mix.params(), A.scalar_type());
 }
 
 at::Tensor kron_mix(const at::Tensor& x, const at::Tensor& A, const at::Tensor& B, const at::Tensor& alpha,

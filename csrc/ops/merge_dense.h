@@ -6,6 +6,6 @@
 namespace moka::cuda {
 
 // Whether y = W x + the mixture, of a dense W, is best computed by kron_add and one product.
-bool merges_dense(const at::Tensor& x, const at::Tensor& A, at::IntArrayRef shapes);
+bool merges(const at::Tensor& weight, const at::Tensor& A, at::IntArrayRef shapes);
 
 }  // namespace moka::cuda
