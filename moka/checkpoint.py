@@ -38,8 +38,11 @@ from .inject import (
     eject,
     holds_adapters_of_peft,
     inject,
+    refuse_wrapped,
+    require_adapters,
     saved_modules,
     set_adapter,
+    unwrapped,
 )
 from .layers import MokaLinear
 from .manifest import SCHEMES, Manifest, adapter_config_text, portable, read_peft_config
@@ -72,7 +75,7 @@ def save_adapter(
     If the model is split over processes (FSDP2), every process must call this; the first one writes.
 
     Args:
-        model: with adapters from `moka.inject`.
+        model: with adapters from `moka.inject`; compiled or wrapped for training too.
         directory: gets `adapter_model.safetensors` and `adapter_config.json`.
         adapter_name: which adapter; the name itself is not stored.
         quantize: "int8", "int4" or None.
@@ -96,13 +99,11 @@ def save_adapter(
     check_adapter_name(adapter_name)
     if quantize is not None and quantize not in SCHEMES:
         raise ConfigError(f"quantize: got {quantize!r}, expected one of {(None, *SCHEMES)}")
-    configs = getattr(model, "moka_config", {})
-    if holds_adapters_of_peft(model):
-        raise StateError("the model holds adapters of peft; save them with model.save_pretrained(folder)")
-    if adapter_name not in configs:
-        raise StateError(f"adapter {adapter_name!r} does not exist; the model has {list(configs)}")
+    model = unwrapped(model)
+    require_adapters(model, [adapter_name], "save them with model.save_pretrained(folder)")
     layers = {path: layer for path, layer in adapter_layers(model).items() if adapter_name in layer.configs}
-    config = portable(configs[adapter_name], list(layers))
+    root: Any = model
+    config = portable(root.moka_config[adapter_name], list(layers))
     targets = find_targets(model, config)
     if {target.module for target in targets} != set(layers.values()):
         raise ConfigError(
@@ -178,8 +179,11 @@ def load_adapter(
         >>> model = moka.load_adapter(model, "out/")          # doctest: +SKIP
     """
     check_adapter_name(adapter_name)
+    given, model = model, unwrapped(model)
     if holds_adapters_of_peft(model):
         raise StateError("the model holds adapters of peft; load further ones with model.load_adapter")
+    if adapter_name not in getattr(model, "moka_config", {}):
+        refuse_wrapped(given, "moka.load_adapter")  # it would be injected
     directory = Path(directory)
     where = str(directory / WEIGHTS)
     _refuse_pickles(directory)
@@ -231,7 +235,7 @@ def load_adapter(
             stacklevel=2,
         )
     _apply(model, tensors, config, adapter_name)
-    return model
+    return given
 
 
 def _peft_config(directory: Path, where: str, header: safefile.Header) -> MokaConfig:

@@ -23,7 +23,7 @@ from . import safefile
 from .checkpoint import CONFIG, WEIGHTS
 from .errors import ConfigError, NonFiniteError, StateError
 from .fingerprint import fingerprint
-from .inject import adapter_layers, saved_modules
+from .inject import adapter_layers, require_adapters, saved_modules, unwrapped
 from .layers import MokaLinear
 from .targets import walk
 
@@ -121,6 +121,7 @@ def export_lora(
     Example:
         >>> print(moka.export_lora(model, "lora", rank=64))          # doctest: +SKIP
     """
+    model = unwrapped(model)
     layers = exportable_layers(model, adapter_name)
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ConfigError(f"rank: got {rank!r}, expected a positive integer or None")
@@ -152,9 +153,7 @@ def export_lora(
 
 def exportable_layers(model: nn.Module, name: str) -> dict[str, MokaLinear]:
     """The layers that an adapter adapts, once nothing stands against writing it in another form."""
-    known = getattr(model, "moka_config", {})
-    if name not in known:
-        raise StateError(f"adapter {name!r} does not exist; the model has {list(known)}")
+    require_adapters(model, [name], "save them with model.save_pretrained(folder), then moka export-lora")
     if trained := [path for path, copy in saved_modules(model).items() if name in copy.modules_to_save]:
         raise ConfigError(
             f"modules_to_save: adapter {name!r} trains {trained} in full, which that form cannot hold; merge "

@@ -23,6 +23,7 @@ from .trained_copy import TrainedCopy
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 #: Wrappers that take over a model's parameters or forward: adapters go in before them.
+INNER = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"}  # attribute with the model
 WRAPPERS = (
     "OptimizedModule",
     "DistributedDataParallel",
@@ -138,6 +139,31 @@ def holds_adapters_of_peft(model: nn.Module) -> bool:
     return not getattr(model, "moka_config", {}) and bool(adapter_layers(model))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s or DistributedDataParallel's; an adapter's file holds its names."""
+    inner: Any = model
+    while type(inner).__name__ in INNER:
+        inner = getattr(inner, INNER[type(inner).__name__])
+    return inner
+
+
+def require_adapters(model: nn.Module, names: Iterable[str], with_peft: str) -> None:
+    """Every name must be an adapter of `moka.inject`.
+
+    Args:
+        with_peft: what to do with a model that peft adapted.
+
+    Raises:
+        StateError: naming the adapter and those that the model has.
+    """
+    known = list(getattr(model, "moka_config", {}))
+    if holds_adapters_of_peft(model):
+        raise StateError(f"the model holds adapters of peft; {with_peft}")
+    for name in names:
+        if name not in known:
+            raise StateError(f"adapter {name!r} does not exist; the model has {known}")
+
+
 def saved_modules(model: nn.Module) -> dict[str, TrainedCopy]:
     """Path -> module that an adapter trains in full (`modules_to_save`)."""
     return {path: module for path, module in model.named_modules() if isinstance(module, TrainedCopy)}
@@ -155,10 +181,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
         StateError: a name is unknown, or a merged adapter would be switched off.
     """
     names = [names] if isinstance(names, str) else list(names)
-    known = list(getattr(model, "moka_config", {}))
-    for name in names:
-        if name not in known:
-            raise StateError(f"adapter {name!r} does not exist; the model has {known}")
+    model = unwrapped(model)
+    require_adapters(model, names, "choose with model.set_adapter")
     wrappers = _wrappers(model)
     for name in {n for w in wrappers if isinstance(w, MokaLinear) for n in w.merged_adapters} - set(names):
         raise StateError(f"adapter {name!r} is merged into the base weights; unmerge it first")

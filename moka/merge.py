@@ -17,7 +17,7 @@ from torch import nn
 from . import functional
 from .bases import MergedBase, NF4Linear, device_of, moved, with_weight
 from .errors import ConfigError, MergeError, NonFiniteError, StateError
-from .inject import active_adapters, adapter_layers
+from .inject import active_adapters, adapter_layers, require_adapters, unwrapped
 from .layers import MokaLinear
 from .layout import is_sharded
 from .magnitude import directed
@@ -119,17 +119,15 @@ def merge_errors(model: nn.Module) -> dict[str, float]:
 
 def _adapter_names(model: nn.Module, wanted: str | Sequence[str] | None) -> list[str]:
     """The adapters to merge, sorted so that the sum does not depend on their order."""
-    known = list(getattr(model, "moka_config", {}))
+    known = list(getattr(unwrapped(model), "moka_config", {}))
     names = (
         active_adapters(model) if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
     )
+    require_adapters(unwrapped(model), names, "merge with model.merge_and_unload")
     if not names:
         raise StateError(
             f"no adapter to merge: none is active, the model has {known}; call moka.inject first"
         )
-    for name in names:
-        if name not in known:
-            raise StateError(f"adapter {name!r} does not exist; the model has {known}")
     return sorted(set(names))
 
 

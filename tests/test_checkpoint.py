@@ -23,6 +23,14 @@ from moka.errors import (
     StateError,
 )
 
+
+def one_process(model):
+    """DistributedDataParallel, as far as names go, without a group of processes."""
+    wrapper = type("DistributedDataParallel", (nn.Module,), {})()
+    wrapper.module = model
+    return wrapper
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "no gate": {"gate": "none"},
@@ -53,6 +61,22 @@ def test_round_trip_is_exact_and_byte_identical(tmp_path, name):
     moka.save_adapter(fresh, tmp_path / "c")
     for file in (WEIGHTS, CONFIG):
         assert len({(tmp_path / d / file).read_bytes() for d in "abc"}) == 1
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, one_process], ids=["compiled", "DistributedDataParallel"])
+def test_names_in_the_file_are_those_of_the_model_inside(tmp_path, wrap):
+    model = adapted()
+    moka.save_adapter(model, tmp_path / "a")
+    wrapped = wrap(model)
+    moka.save_adapter(wrapped, tmp_path / "b")
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+    expected = state(model)
+    randomize(model, 7)
+    assert moka.load_adapter(wrapped, tmp_path / "a") is wrapped
+    assert same(model, expected)
+    moka.set_adapter(wrapped, "default")
+    with pytest.raises(StateError, match=r"wrapped already .*; call moka\.load_adapter first"):
+        moka.load_adapter(wrapped, tmp_path / "a", "another")
 
 
 def test_keys_and_configuration_are_what_peft_looks_for(tmp_path):

@@ -152,6 +152,14 @@ def test_one_adapter_of_several_on_a_4_bit_base(tmp_path):
     assert relative_error(module.get_delta_weight("default"), expected) < 1e-5
 
 
+def test_a_compiled_model_gives_the_same_file(tmp_path):
+    model = adapted()
+    moka.export_lora(model, tmp_path / "a")
+    moka.export_lora(torch.compile(model), tmp_path / "b")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_an_update_of_zero(tmp_path):
     export = moka.export_lora(moka.inject(tiny_model(), MokaConfig()), tmp_path)
     assert export.rank == 1 and export.discarded_share == 0.0

@@ -24,6 +24,26 @@ def test_a_model_that_could_not_be_saved_is_refused_before_training(tmp_path):
         make_trainer(settings(tmp_path), model)
 
 
+def test_the_adapter_that_is_trained_is_saved_and_resumed(tmp_path):
+    first, config = tiny_model(), moka.MokaConfig.from_dict(settings(tmp_path).adapter)
+    model = moka.inject(moka.inject(first, config), config, "second")
+    moka.set_adapter(model, ["default", "second"])
+    with pytest.raises(StateError, match=r"one adapter, active are \['default', 'second'\]; call moka.set_"):
+        make_trainer(settings(tmp_path), model)
+    moka.set_adapter(model, "second")
+    trainer = make_trainer(settings(tmp_path), model)
+    trainer.train()
+    expected = adapter_state(model)
+    assert expected and all(name.endswith(".second") for name in expected)
+    saved = moka.load_adapter(tiny_model(), tmp_path / "checkpoint-6")
+    assert_equal(
+        adapter_state(saved), {name.replace(".second", ".default"): p for name, p in expected.items()}
+    )
+    again = moka.inject(moka.inject(tiny_model(), config), config, "second")
+    make_trainer(settings(tmp_path), again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_equal(adapter_state(again), expected)
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     trainer = make_trainer(settings(tmp_path))
     trainer.eval_dataset = trainer.train_dataset

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..bases import NF4Linear, is_linear4bit
 from ..errors import ConfigError, StateError
-from ..inject import adapter_layers, holds_adapters_of_peft
+from ..inject import active_adapters, adapter_layers, holds_adapters_of_peft
 from ..layout import is_sharded
 
 FSDP1 = (
@@ -134,16 +134,23 @@ def check_dtypes(unit: nn.Module, blocks: list[nn.Module]) -> None:
         )
 
 
-def require_adapter(model: nn.Module) -> None:
-    """Without one nothing could be saved, which would show at the first checkpoint only.
+def require_adapter(model: nn.Module) -> str:
+    """The one adapter that is trained, and saved; what else there is would show at the first checkpoint only.
 
     Raises:
-        StateError: the model has none of `moka.inject`.
+        StateError: the model has none of `moka.inject`, or another number of active ones.
     """
     if holds_adapters_of_peft(model):
         raise StateError("the model holds adapters of peft; train it with transformers.Trainer")
     if not getattr(model, "moka_config", {}):
         raise StateError("the model holds no adapter; call moka.inject first")
+    active = active_adapters(model)
+    if len(active) != 1:
+        raise StateError(
+            f"the trainer trains and saves one adapter, active are {active}; call "
+            f"moka.set_adapter(model, name)"
+        )
+    return active[0]
 
 
 def check_storage(model: nn.Module, storage: torch.dtype) -> None:

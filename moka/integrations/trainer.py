@@ -201,7 +201,8 @@ class MokaTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._sharded or self.args.should_save:
-            save_adapter(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+            model = self.accelerator.unwrap_model(self.model)
+            save_adapter(model, output_dir or self.args.output_dir, require_adapter(model))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._sharded:
@@ -236,9 +237,8 @@ class MokaTrainer(Trainer):
             write_atomic(folder / MANIFEST, json.dumps(sizes, indent=2).encode())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter(
-            self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint
-        )
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_adapter(model, resume_from_checkpoint, require_adapter(model))
 
     def _load_best_model(self) -> None:
         best: Any = self.state.best_model_checkpoint
