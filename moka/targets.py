@@ -82,6 +82,12 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[Target]:
                 f"one shape (shapes='even' or 'lora'), got {[str(s) for s in shapes[:10]]}"
             )
         aliases = tuple(p for p, m in modules.items() if m is module and p != path)
+        most = min(shapes[0].a_numel, shapes[0].b_numel)
+        if config.init == "svd" and len(shapes) > most:
+            raise ConfigError(
+                f"{path}: r={len(shapes)} with init='svd', but its weight has {most} components of shape "
+                f"{shapes[0]}; the others would be zero and stay so. Choose r at most {most}, or r_pattern"
+            )
         targets[module] = Target(path, aliases, module, shapes)
     used = [target.path for target in targets.values()]
     for name, keys in (("r_pattern", config.r_pattern), ("shapes", config.shapes)):

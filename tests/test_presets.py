@@ -279,3 +279,15 @@ def test_lokr_puts_the_smaller_part_first():
     """LyCORIS orders the two parts of a size; the factor may be either."""
     assert plan_shapes(32, 48, 1, "lokr(16)")[0][:4] == (2, 3, 16, 16)
     assert plan_shapes(32, 48, 1, "lokr(2)")[0][:4] == (2, 2, 16, 24)
+
+
+@pytest.mark.parametrize("name", ["lora-xs", "moka-xs"])
+def test_more_components_than_the_weight_has(name):
+    model = nn.Sequential(nn.Linear(48, 32))
+    most = moka.inject(model, config(name, target_modules=["0"], r=2))[0].shapes["default"][0]
+    most = min(most.a_numel, most.b_numel)
+    fresh = nn.Sequential(nn.Linear(48, 32))
+    with pytest.raises(ConfigError, match=rf"^0: r={most + 1} .* has {most} components of shape"):
+        moka.inject(fresh, config(name, target_modules=["0"], r=most + 1))
+    assert type(fresh[0]) is nn.Linear
+    assert len(moka.inject(fresh, config(name, target_modules=["0"], r=most))[0].shapes["default"]) == most
