@@ -18,6 +18,7 @@ from .bases import guard_save_pretrained, is_linear4bit
 from .config import MokaConfig
 from .errors import ConfigError, StateError
 from .layers import MokaLinear
+from .quantize import forget_quantization
 from .targets import find_modules_to_save, find_targets
 from .trained_copy import TrainedCopy
 
@@ -233,6 +234,8 @@ def eject(model: nn.Module) -> nn.Module:
         bases[copy] = copy.current().requires_grad_(False) if merged else copy.original_module
     _replace(model, bases)
     _restore_base(model)
+    if merged:
+        forget_quantization(model)
     return model
 
 

@@ -80,8 +80,7 @@ def quantize(
         raise ConfigError(f"blocksize: got {blocksize}, expected one of {BLOCKSIZES}")
     groups, skipped = layers_to_quantize(model, exclude_modules)
     if not groups:
-        quantized = any(isinstance(m, NF4Linear) or is_linear4bit(m) for m in model.modules())
-        if quantized:
+        if any(map(_in_four_bits, model.modules())):
             raise InjectionError(f"{type(model).__name__} is in 4 bits already; call moka.inject")
         why = skipped or "it holds no nn.Linear"
         raise InjectionError(f"{type(model).__name__} has no dense linear layer to quantize: {why}")
@@ -144,7 +143,7 @@ def dequantize(model: Any, dtype: torch.dtype) -> None:
     parameter this dtype; buffers keep theirs, since models compute positions from some in fp32."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, NF4Linear) and not is_linear4bit(child):
+            if not _in_four_bits(child):
                 continue
             weight = child.nf4_weight() if isinstance(child, NF4Linear) else from_bitsandbytes(child)
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -155,10 +154,24 @@ def dequantize(model: Any, dtype: torch.dtype) -> None:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     guard_save_pretrained(model)
-    # transformers would otherwise save it as a quantized model, and refuse to cast it
+    forget_quantization(model)
+
+
+def forget_quantization(model: Any) -> None:
+    """Takes away what says that transformers loaded the model in 4 bits, if no layer is in 4 bits any more.
+
+    It would save it as a quantized model, which it could not load, and refuse to cast it.
+    """
+    if not getattr(model, "is_loaded_in_4bit", False) or any(map(_in_four_bits, model.modules())):
+        return
     model.hf_quantizer, model.is_quantized = None, False
-    for name in ("quantization_method", "is_loaded_in_4bit"):
-        if hasattr(model, name):
-            delattr(model, name)
-    if hasattr(getattr(model, "config", None), "quantization_config"):
-        del model.config.quantization_config
+    for owner, name in (
+        (model, "is_loaded_in_4bit"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        vars(owner).pop(name, None)
+
+
+def _in_four_bits(module: nn.Module) -> bool:
+    return isinstance(module, NF4Linear) or is_linear4bit(module)
