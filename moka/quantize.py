@@ -141,15 +141,19 @@ def _quantize_layer(model: Any, paths: list[str], blocksize: int, double_quant: 
 def dequantize(model: Any, dtype: torch.dtype) -> None:
     """Replaces every 4-bit layer by an `nn.Linear` of its dequantized weight, in place, and gives every
     parameter this dtype; buffers keep theirs, since models compute positions from some in fp32."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if not _in_four_bits(child):
-                continue
-            weight = child.nf4_weight() if isinstance(child, NF4Linear) else from_bitsandbytes(child)
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
-            linear.register_parameter("bias", child.bias)
-            setattr(parent, name, linear)
+    places: dict[Any, list[tuple[nn.Module, str]]] = {}  # a shared layer has several
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None and _in_four_bits(child):
+                places.setdefault(child, []).append((parent, name))
+    while places:  # lets each 4-bit layer go before the next one
+        child, owners = places.popitem()
+        weight = child.nf4_weight() if isinstance(child, NF4Linear) else from_bitsandbytes(child)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
+        linear.register_parameter("bias", child.bias)
+        for parent, name in owners:
+            parent._modules[name] = linear
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

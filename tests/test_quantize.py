@@ -14,6 +14,7 @@ from helpers import assert_close_by_rule, roundings
 from moka import MokaConfig, nf4
 from moka.bases import NF4Linear
 from moka.errors import ConfigError, InjectionError, StateError
+from moka.quantize import dequantize
 
 IDS = torch.arange(3, 63).view(3, 20)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -80,6 +81,8 @@ def test_a_shared_layer_stays_shared():
     linear = nn.Linear(8, 8)
     model = moka.quantize(nn.Sequential(linear, nn.Linear(8, 8), linear))
     assert model[0] is model[2] is not model[1]
+    dequantize(model.append(nn.Sequential(model[0])), torch.bfloat16)
+    assert type(model[0]) is nn.Linear and model[0] is model[2] is model[3][0] is not model[1]
 
 
 def test_dense_weights_are_let_go_one_by_one(monkeypatch):
