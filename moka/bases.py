@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, nf4
-from .errors import StateError
+from .errors import ConfigError, StateError
 from .nf4 import NF4Weight
+
+#: The dtypes that weights can be merged into.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,18 @@ def with_weight(layer: Any, weight: Tensor, dtype: torch.dtype | None = None) ->
     return linear
 
 
+def check_into(into: torch.dtype | None) -> None:
+    """Accepts what weights can be merged into.
+
+    Raises:
+        ConfigError: with the choices.
+    """
+    if into is not None and into not in DTYPES:
+        raise ConfigError(
+            f"into: got {into!r}, expected one of {DTYPES}, or None to keep the kind of each layer"
+        )
+
+
 def op_args(layer: Any) -> tuple:
     """The weight as `functional.linear` takes it."""
     if isinstance(layer, NF4Linear):
@@ -215,5 +230,6 @@ def _refuse_to_save_nf4(*args: Any, **kwargs: Any) -> None:
     raise StateError(
         "model.save_pretrained would write the 4-bit weights of moka.quantize, which from_pretrained cannot "
         "read; keep the original model and quantize it again, save adapters by moka.save_adapter, or merge "
-        "them into 16 bits with the command moka merge"
+        "them into 16 bits by moka.merge and moka.eject, both with into=torch.bfloat16, or by the command "
+        "moka merge"
     )

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from . import nf4
-from .bases import guard_save_pretrained, is_linear4bit
+from .bases import check_into, guard_save_pretrained, is_linear4bit
 from .config import MokaConfig
 from .errors import ConfigError, StateError
 from .layers import MokaLinear
-from .quantize import forget_quantization
+from .layout import refuse_sharded
+from .quantize import dequantize, forget_quantization
 from .targets import find_modules_to_save, find_targets
 from .trained_copy import TrainedCopy
 
@@ -216,27 +217,65 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             wrapper.disable_adapters = state
 
 
-def eject(model: nn.Module) -> nn.Module:
+def eject(model: nn.Module, into: torch.dtype | None = None) -> nn.Module:
     """Takes all adapters out: the original module objects return, and what was trainable before is so again.
 
-    A merged update stays in the weights: `moka.eject(moka.merge(model))` is a plain model with the update in
-    it, and with the trained copies of `modules_to_save`.
+    A merged update, `W' = W + delta`, stays in the weights, as do the trained copies of `modules_to_save`.
+
+    Args:
+        model: with adapters from `moka.inject`, merged or not.
+        into: `torch.float32`, `bfloat16` or `float16`: the whole model gets this dtype, 4-bit layers without
+            an adapter included, so that `save_pretrained` writes a plain model. None leaves every layer as it
+            is, which runs only if the update was merged into the dtype of the others.
+
+    Returns:
+        The same model.
 
     Raises:
-        StateError: the model holds no adapter.
+        StateError: the model holds no adapter, or with `into`, it is sharded.
+        ConfigError: `into` is another dtype.
+
+    Example:
+        >>> moka.merge(model, into=torch.bfloat16)                               # doctest: +SKIP
+        >>> moka.eject(model, into=torch.bfloat16).save_pretrained("merged")     # doctest: +SKIP
     """
     if not getattr(model, "moka_config", {}):
         raise StateError("the model holds no adapter; nothing to eject")
+    check_into(into)
+    if into is not None:
+        refuse_sharded(model.parameters())
+    merged = _take_out(model)  # holds none of the original layers, whose memory `dequantize` may need
+    if into is not None:
+        dequantize(model, into)
+    elif merged:
+        forget_quantization(model)
+        _warn_about_dtypes(model, merged)
+    return model
+
+
+def _take_out(model: nn.Module) -> list[nn.Module]:
+    """Puts the base in the place of every adapter; returns the layers that hold a merged update."""
     layers = adapter_layers(model).values()
-    merged = any(layer.merged_adapters for layer in layers)
+    merged = [layer.get_base_layer() for layer in layers if layer.merged_adapters]
     bases: dict[nn.Module, nn.Module] = {layer: layer.get_base_layer() for layer in layers}
     for copy in saved_modules(model).values():
         bases[copy] = copy.current().requires_grad_(False) if merged else copy.original_module
     _replace(model, bases)
     _restore_base(model)
-    if merged:
-        forget_quantization(model)
-    return model
+    return merged
+
+
+def _warn_about_dtypes(model: nn.Module, merged: Iterable[nn.Module]) -> None:
+    """Says if no other layer has the dtype that was merged into: torch does not multiply across dtypes."""
+    held = {parameter for layer in merged for parameter in layer.parameters()}
+    new = {parameter.dtype for parameter in held if parameter.is_floating_point()}
+    rest = {p.dtype for p in model.parameters() if p.is_floating_point() and p not in held}
+    if rest and not new <= rest:
+        warnings.warn(
+            f"the merged layers are in {new}, the rest of the model in {rest}, so that it may not run; give "
+            f"moka.eject the into of moka.merge, for one dtype throughout",
+            stacklevel=3,
+        )
 
 
 def tie(layers: Iterable[MokaLinear], name: str) -> None:

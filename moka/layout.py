@@ -105,6 +105,18 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def refuse_sharded(tensors: Iterable[Tensor]) -> None:
+    """Weights are merged where they are whole.
+
+    Raises:
+        StateError: one of the tensors is split over processes.
+    """
+    if any(map(is_sharded, tensors)):
+        raise StateError(
+            "the model is split over processes; save its adapter, load it into a whole model and merge there"
+        )
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor; if it is split, every process must call this."""
     split: Any = tensor

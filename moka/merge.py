@@ -15,17 +15,16 @@ import torch
 from torch import nn
 
 from . import functional
-from .bases import MergedBase, NF4Linear, device_of, moved, with_weight
-from .errors import ConfigError, MergeError, NonFiniteError, StateError
+from .bases import MergedBase, NF4Linear, check_into, device_of, moved, with_weight
+from .errors import MergeError, NonFiniteError, StateError
 from .inject import active_adapters, adapter_layers, require_adapters, unwrapped
 from .layers import MokaLinear
-from .layout import is_sharded
+from .layout import refuse_sharded
 from .magnitude import directed
 from .nf4 import NF4Weight
 
 #: The largest relative error of the applied update, |applied - delta| / |delta|, that is accepted in silence.
 MAX_ERROR = 0.25
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def merge(
@@ -37,7 +36,8 @@ def merge(
     """Adds the update of adapters to the base weights; `forward` then runs the base layers alone.
 
     All layers are merged or, on any error, none. `unmerge` puts the original layers back; until then each
-    layer holds both weights. `moka.eject` drops the originals: a plain model with the update in it is left.
+    layer holds both weights. `moka.eject` drops the originals, and given `into` as well, it brings the layers
+    without an adapter to the same dtype: a plain model with the update in it is left.
 
     Args:
         model: with adapters from `moka.inject`.
@@ -56,7 +56,8 @@ def merge(
         MergeError: a 4-bit weight would lose more than `MAX_ERROR` of its update.
 
     Example:
-        >>> model = moka.eject(moka.merge(model, into=torch.bfloat16))          # doctest: +SKIP
+        >>> moka.merge(model, into=torch.bfloat16)                               # doctest: +SKIP
+        >>> moka.eject(model, into=torch.bfloat16).save_pretrained("merged")     # doctest: +SKIP
     """
     merge_layers(adapter_layers(model), _adapter_names(model, adapter_name), into, force)
     return model
@@ -73,14 +74,8 @@ def merge_layers(
         names: sorted, so that the sum does not depend on their order.
         into, force: as for `merge`, which says what it raises.
     """
-    if into is not None and into not in DTYPES:
-        raise ConfigError(
-            f"into: got {into!r}, expected one of {DTYPES}, or None to keep the kind of each layer"
-        )
-    if any(is_sharded(parameter) for layer in layers.values() for parameter in layer.parameters()):
-        raise StateError(
-            "the model is split over processes; save its adapter, load it into a whole model and merge there"
-        )
+    check_into(into)
+    refuse_sharded(parameter for layer in layers.values() for parameter in layer.parameters())
     merged: dict[MokaLinear, tuple[nn.Module, MergedBase, list[str]]] = {}
     for path, layer in layers.items():
         if layer.merged_adapters:

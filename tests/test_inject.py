@@ -394,6 +394,6 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
             copy.deepcopy(model).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     adapted = moka.inject(model, moka.MokaConfig("all-linear", r=2))
-    dense = moka.eject(moka.merge(adapted, into=torch.bfloat16))
+    dense = moka.eject(moka.merge(adapted, into=torch.bfloat16), into=torch.bfloat16)
     dense.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()

@@ -9,11 +9,11 @@ from torch import nn
 import moka
 from helpers import assert_close_by_rule
 from moka import nf4, reference
-from moka.bases import NF4Linear
+from moka.bases import DTYPES, NF4Linear
 from moka.errors import ConfigError, MergeError, NonFiniteError, StateError
 from moka.inject import set_adapter
 from moka.layers import MokaLinear
-from moka.merge import DTYPES, MAX_ERROR, merge_errors
+from moka.merge import MAX_ERROR, merge_errors
 
 SHAPES = [(8, 4, 4, 16), (2, 16, 16, 4), (4, 4, 8, 16)]
 

@@ -1,5 +1,6 @@
 """What merging and ejecting leave of a language model: whether it runs, is cast, saved and loaded."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import moka
+from moka.errors import ConfigError, StateError
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -46,6 +48,53 @@ def assert_loads_again(model: Any, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
     assert torch.equal(logits(loaded), logits(model))
     assert {p.dtype for p in model.to(torch.float64).parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["some", "all"])
+@pytest.mark.parametrize("base", ["dense", "nf4", "bitsandbytes"])
+def test_merged_and_ejected_into_a_dtype_is_a_plain_model_of_it(tmp_path, base, targets):
+    model = adapted(tmp_path, base, targets)
+    expected = logits(model)
+    with moka.disabled(model):
+        update = (logits(model) - expected).norm()
+    exact = copy.deepcopy(model)
+    exact = moka.eject(moka.merge(exact, into=torch.float32), into=torch.float32)
+    torch.testing.assert_close(logits(exact), expected, rtol=1e-4, atol=1e-4)
+    plain = moka.eject(moka.merge(model, into=torch.bfloat16), into=torch.bfloat16)
+    assert (logits(plain).float() - expected).norm() < 0.2 * update  # a few roundings to 8 bits of mantissa
+    for model, dtype in ((exact, torch.float32), (plain, torch.bfloat16)):
+        assert {type(m) for p, m in model.named_modules() if p.endswith("_proj")} == {nn.Linear}
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert_loads_again(model, tmp_path / str(dtype))
+
+
+def test_what_was_not_merged_is_not_in_a_plain_model(tmp_path):
+    model = adapted(tmp_path, "nf4", ["q_proj"])
+    with moka.disabled(model):
+        base = logits(model)
+    plain = moka.eject(model, into=torch.float32)
+    torch.testing.assert_close(logits(plain), base, rtol=1e-4, atol=1e-4)
+    assert_loads_again(plain, tmp_path / "plain")
+
+
+def test_two_dtypes_are_warned_of(tmp_path):
+    model = adapted(tmp_path, "dense", ["q_proj"])
+    with pytest.warns(
+        UserWarning, match=r"torch.bfloat16.*the rest.*torch.float32.*give moka.eject the into"
+    ):
+        moka.eject(moka.merge(model, into=torch.bfloat16))
+
+
+def test_an_ejection_that_is_refused_changes_nothing(tmp_path):
+    model = moka.merge(adapted(tmp_path, "nf4", ["q_proj"]), into=torch.float32)
+    expected = logits(model)
+    with pytest.raises(ConfigError, match=r"into: got torch.int8, expected one of .*torch.bfloat16"):
+        moka.eject(model, into=torch.int8)
+    norm = model.model.norm
+    norm.weight.full_tensor = None  # as a parameter of FSDP2 has
+    with pytest.raises(StateError, match=r"split over processes; .*merge there"):
+        moka.eject(model, into=torch.float32)
+    assert torch.equal(logits(model), expected) and moka.merge_errors(model)
 
 
 @pytest.mark.parametrize("base", ["nf4", "bitsandbytes"])

@@ -27,7 +27,6 @@ def merge(
     from ..errors import ConfigError
     from ..inject import eject
     from ..merge import merge as merge_update
-    from ..quantize import dequantize
 
     if (output / CONFIG).exists():
         raise ConfigError(
@@ -36,8 +35,7 @@ def merge(
         )
     into = parse_dtype(dtype) or torch.bfloat16
     loaded, tokenizer = load(model, adapter, quantize, "auto")
-    merged: Any = eject(merge_update(loaded, into=into))
-    dequantize(merged, into)
+    merged: Any = eject(merge_update(loaded, into=into), into)
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
     out.print(f"merged {adapter} into {output} ({dtype})", highlight=False)
