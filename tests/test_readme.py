@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moka.cli.app import app
@@ -31,6 +33,10 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert len(blocks) >= 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+    plain, tokens = namespace["plain"], namespace["tokens"]
+    loaded = AutoModelForCausalLM.from_pretrained("plain", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
+    assert torch.equal(plain(tokens).logits, loaded(tokens).logits)
 
 
 def test_make_targets_exist():
