@@ -38,15 +38,14 @@ from .inject import (
     eject,
     holds_adapters_of_peft,
     inject,
-    refuse_wrapped,
     require_adapters,
     saved_modules,
     set_adapter,
-    unwrapped,
 )
 from .layers import MokaLinear
 from .manifest import SCHEMES, Manifest, adapter_config_text, portable, read_peft_config
 from .targets import find_targets
+from .wrapped import refuse_wrapped, unwrapped
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA_KEY = "moka"  # a single key: safetensors writes several in no fixed order

@@ -23,9 +23,10 @@ from . import safefile
 from .checkpoint import CONFIG, WEIGHTS
 from .errors import ConfigError, NonFiniteError, StateError
 from .fingerprint import fingerprint
-from .inject import adapter_layers, require_adapters, saved_modules, unwrapped
+from .inject import adapter_layers, require_adapters, saved_modules
 from .layers import MokaLinear
 from .targets import walk
+from .wrapped import unwrapped
 
 OVERSAMPLE = 16  # extra directions of the randomized SVD
 POWER_STEPS = 4  # its passes over the matrix and back; the spectrum of an update may decay slowly

@@ -22,17 +22,9 @@ from .layout import refuse_sharded
 from .quantize import dequantize, forget_quantization
 from .targets import find_modules_to_save, find_targets
 from .trained_copy import TrainedCopy
+from .wrapped import refuse_wrapped, unwrapped
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
-#: Wrappers that take over a model's parameters or forward: adapters go in before them.
-INNER = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"}  # attribute with the model
-WRAPPERS = (
-    "OptimizedModule",
-    "DistributedDataParallel",
-    "FullyShardedDataParallel",
-    "FSDPModule",
-    "DeepSpeedEngine",
-)
 
 
 @dataclass
@@ -141,14 +133,6 @@ def holds_adapters_of_peft(model: nn.Module) -> bool:
     return not getattr(model, "moka_config", {}) and bool(adapter_layers(model))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`'s or DistributedDataParallel's; an adapter's file holds its names."""
-    inner: Any = model
-    while type(inner).__name__ in INNER:
-        inner = getattr(inner, INNER[type(inner).__name__])
-    return inner
-
-
 def require_adapters(model: nn.Module, names: Iterable[str], with_peft: str) -> None:
     """Every name must be an adapter of `moka.inject`.
 
@@ -239,6 +223,7 @@ def eject(model: nn.Module, into: torch.dtype | None = None) -> nn.Module:
         >>> moka.merge(model, into=torch.bfloat16)                               # doctest: +SKIP
         >>> moka.eject(model, into=torch.bfloat16).save_pretrained("merged")     # doctest: +SKIP
     """
+    require_adapters(model, [], "take them out with model.unload or merge_and_unload")
     if not getattr(model, "moka_config", {}):
         raise StateError("the model holds no adapter; nothing to eject")
     check_into(into)
@@ -359,23 +344,6 @@ def _restore_base(model: Any) -> None:
         model.disable_input_require_grads()
     del model._moka_base
     guard_save_pretrained(model)
-
-
-def refuse_wrapped(model: nn.Module, call: str = "moka.inject") -> None:
-    """Parameters are made before anything takes hold of them.
-
-    Raises:
-        StateError: the model is compiled, or wrapped for training on several processes.
-    """
-    for path, module in model.named_modules():
-        kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in WRAPPERS), None)
-        if kind is None and getattr(module, "_compiled_call_impl", None) is not None:
-            kind = "compiled"
-        if kind is not None:
-            raise StateError(
-                f"{path or 'the model'} is wrapped already ({kind}); call {call} first, then "
-                f"torch.compile, DistributedDataParallel or fully_shard"
-            )
 
 
 def check_linear4bit(model: Any) -> None:

@@ -17,11 +17,12 @@ from torch import nn
 from . import functional
 from .bases import MergedBase, NF4Linear, check_into, device_of, moved, with_weight
 from .errors import MergeError, NonFiniteError, StateError
-from .inject import active_adapters, adapter_layers, require_adapters, unwrapped
+from .inject import active_adapters, adapter_layers, require_adapters
 from .layers import MokaLinear
 from .layout import refuse_sharded
 from .magnitude import directed
 from .nf4 import NF4Weight
+from .wrapped import unwrapped
 
 #: The largest relative error of the applied update, |applied - delta| / |delta|, that is accepted in silence.
 MAX_ERROR = 0.25

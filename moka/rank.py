@@ -30,12 +30,13 @@ from .config import MokaConfig, pattern_matches
 from .errors import ConfigError, NonFiniteError, StateError
 from .gates import UNIFORM, at_least_fp32, restrict, scaled_gate
 from .init import init_factors_
-from .inject import optimizers_of, refuse_wrapped, warn_about_optimizers
+from .inject import optimizers_of, warn_about_optimizers
 from .layers import MokaLinear
 from .layout import is_sharded
 from .rules import plan_shapes
 from .shapes import KronShape, explicit_shapes, split_flat
 from .targets import find_targets
+from .wrapped import refuse_wrapped
 
 Scores = Mapping[str, Tensor]
 

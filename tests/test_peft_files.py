@@ -195,6 +195,14 @@ def test_models_of_peft_are_told_what_to_call(tmp_path):
     model.save_pretrained(tmp_path / "out")
     with pytest.raises(StateError, match=r"adapters of peft; load further ones with model\.load_adapter"):
         moka.load_adapter(model, tmp_path / "out")
+    for call, instead in (
+        (moka.merge, "merge with model.merge_and_unload"),
+        (moka.eject, "take them out with model.unload or merge_and_unload"),
+        (lambda m: moka.set_adapter(m, "default"), "choose with model.set_adapter"),
+        (lambda m: moka.export_lora(m, tmp_path / "lora"), "save them with model.save_pretrained"),
+    ):
+        with pytest.raises(StateError, match=f"the model holds adapters of peft; {instead}"):
+            call(model)
     for config in (MokaConfig(target_modules=["q_proj"]), LoraConfig(target_modules=["q_proj"])):
         with pytest.raises(ConfigError, match=r"expected a moka\.MokaConfig; those of peft go to peft\.get"):
             moka.inject(Case("MoKA", "float", tmp_path).base(), config)
