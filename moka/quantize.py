@@ -12,7 +12,7 @@ from torch import nn
 from .bases import NF4Linear, base_kind, guard_save_pretrained, is_linear4bit
 from .errors import ConfigError, InjectionError, StateError
 from .nf4 import BLOCKSIZES, from_bitsandbytes
-from .targets import matches, output_embedding, walk
+from .targets import matches, no_match, output_embedding, walk
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def layers_to_quantize(
     """
     modules = dict(walk(model))
     if exclude_modules and not any(matches(path, exclude_modules) for path in modules):
-        raise InjectionError(f"exclude_modules: {exclude_modules!r} matches no module")
+        regex = isinstance(exclude_modules, str)
+        first = exclude_modules if regex else exclude_modules[0]
+        raise InjectionError(no_match(f"exclude_modules: {exclude_modules!r}", first, list(modules), regex))
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     output = output_embedding(model)
     groups: dict[int, list[str]] = {}

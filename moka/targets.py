@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,16 +53,22 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[Target]:
         ConfigError: shapes that do not fit a layer.
     """
     modules = dict(walk(model))
-    paths = _layers_subset(_excluded(list(modules), config), config)
+    kept = _excluded(list(modules), config)
+    paths = _layers_subset(kept, config)
     if config.target_modules == "all-linear":
         output = output_embedding(model)
-        selected = [path for path in paths if _is_linear(modules[path]) and modules[path] is not output]
+        linear = [path for path in modules if _is_linear(modules[path]) and modules[path] is not output]
+        chosen = set(paths)
+        selected = [path for path in linear if path in chosen]
         if not selected:
-            raise InjectionError(
-                f"target_modules='all-linear': {type(model).__name__} has no linear layer to adapt"
-            )
+            reason = _left_out(linear, kept, config) or f"{type(model).__name__} has no linear layer to adapt"
+            raise InjectionError(f"target_modules='all-linear': {reason}")
     else:
-        selected = _select(paths, "target_modules", config.target_modules, config.strict)
+
+        def left_out(pattern: str | Sequence[str]) -> str | None:
+            return _left_out([path for path in modules if matches(path, pattern)], kept, config)
+
+        selected = _select(paths, "target_modules", config.target_modules, config.strict, left_out)
     targets: dict[nn.Module, Target] = {}
     for path in selected:
         module = modules[path]
@@ -93,7 +99,7 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[Target]:
     for name, keys in (("r_pattern", config.r_pattern), ("shapes", config.shapes)):
         for key in keys if isinstance(keys, dict) else ():
             if not any(pattern_matches(key, path) for path in used):
-                _unmatched(f"{name} key {key!r}", key, used, config.strict)
+                _refuse(no_match(f"{name} key {key!r}", key, used, regex=False), config.strict)
     return list(targets.values())
 
 
@@ -147,24 +153,62 @@ def matches(path: str, patterns: str | Sequence[str]) -> bool:
     return any(path == name or path.endswith("." + name) for name in patterns)
 
 
-def _select(paths: Sequence[str], field: str, patterns: str | Sequence[str], strict: bool) -> list[str]:
-    """The paths that any pattern matches, in order; each pattern must match something."""
-    for pattern in [patterns] if isinstance(patterns, str) else [(name,) for name in patterns]:
-        if not any(matches(path, pattern) for path in paths):
-            shown = pattern if isinstance(pattern, str) else pattern[0]
-            others = not isinstance(patterns, str) and any(matches(path, patterns) for path in paths)
-            _unmatched(f"{field}: {shown!r}", shown, paths, strict or not others)
-    return [path for path in paths if matches(path, patterns)]
-
-
-def _unmatched(what: str, pattern: str, paths: Sequence[str], strict: bool) -> None:
+def no_match(what: str, pattern: str, paths: Sequence[str], regex: bool) -> str:
+    """The message for a name that ends no path, or an expression (`regex`) that matches none as a whole."""
+    rule = ": a string is a regular expression for the whole path" if regex else ""
+    flags = pattern.startswith("(?")  # which stand at the start of an expression alone
+    if regex and not flags and (ends := [path for path in paths if pattern_matches(pattern, path)]):
+        literal = any(matches(path, [pattern]) for path in ends)
+        fix = f"the list {[pattern]}" if literal else repr(rf".*\.(?:{pattern})")
+        return f"{what} matches no module{rule}, and this one is but the end of {ends[0]!r}; use {fix}"
     names = sorted({path.rsplit(".", 1)[-1] for path in paths if not path.rsplit(".", 1)[-1].isdigit()})
     pool = [*paths, *names] if "." in pattern else names
     nearest = difflib.get_close_matches(pattern, pool, n=5, cutoff=0.0)
-    message = f"{what} matches no module; the nearest names are {nearest}"
+    hint = ", names go into a list" if regex else ""
+    return f"{what} matches no module{rule}{hint}; the nearest names are {nearest}"
+
+
+def _select(
+    paths: Sequence[str],
+    field: str,
+    patterns: str | Sequence[str],
+    strict: bool,
+    left_out: Callable[[str | Sequence[str]], str | None] = lambda pattern: None,
+) -> list[str]:
+    """The paths that any pattern matches, in order; each pattern must match something. If one does not since
+    another field leaves that out, `left_out` says so."""
+    for pattern in [patterns] if isinstance(patterns, str) else [(name,) for name in patterns]:
+        if not any(matches(path, pattern) for path in paths):
+            regex = isinstance(pattern, str)
+            shown = pattern if regex else pattern[0]
+            others = not regex and any(matches(path, patterns) for path in paths)
+            what = f"{field}: {shown!r}"
+            reason = left_out(pattern)
+            message = f"{what}: {reason}" if reason else no_match(what, shown, paths, regex)
+            _refuse(message, strict or not others)
+    return [path for path in paths if matches(path, patterns)]
+
+
+def _refuse(message: str, strict: bool) -> None:
     if strict:
         raise InjectionError(message)
     warnings.warn(message, stacklevel=4)
+
+
+def _left_out(found: Sequence[str], kept: Sequence[str], config: MokaConfig) -> str | None:
+    """Which field leaves out all of `found`, where `kept` is what `exclude_modules` leaves; None if none is
+    found."""
+    if not found:
+        return None
+    if set(kept).isdisjoint(found):
+        field, value, fix = "exclude_modules", config.exclude_modules, "exclude less"
+    else:
+        found = sorted(set(found).intersection(kept), key=found.index)
+        field, value, fix = "layers_to_transform", config.layers_to_transform, "choose other layers"
+    return (
+        f"{field}={value!r} leaves out all that it matches, {len(found)} in number, such as {found[0]!r}; "
+        f"{fix}, or target other modules"
+    )
 
 
 def _excluded(paths: list[str], config: MokaConfig) -> list[str]:

@@ -81,60 +81,6 @@ def test_injection_changes_no_output_and_freezes_the_base():
     assert model.moka_config == {"default": CONFIG}
 
 
-def every(*names):
-    return {f"layers.{i}.{name}" for i in range(3) for name in names}
-
-
-@pytest.mark.parametrize(
-    ("target", "fields", "expected"),
-    [
-        (["layers.1.out"], {}, {"layers.1.out"}),
-        (r"layers\.[02]\.(q|v)_proj", {"layers_to_transform": 2}, {"layers.2.q_proj", "layers.2.v_proj"}),
-        (["q_proj"], {"exclude_modules": ["0.q_proj"]}, {"layers.1.q_proj", "layers.2.q_proj"}),
-        ("all-linear", {"exclude_modules": r".*v_proj"}, every("q_proj", "out")),
-        ("all-linear", {}, every("q_proj", "v_proj", "out")),
-        (["lm_head"], {"strict": False}, {"lm_head"}),
-    ],
-)
-def test_selection(target, fields, expected):
-    model = moka.inject(Net(), MokaConfig(target, r=5, **fields))
-    assert set(moka.adapter_layers(model)) == expected
-
-
-@pytest.mark.parametrize(
-    ("error", "fields", "message"),
-    [
-        (InjectionError, {"target_modules": ["q_prj"]}, r"target_modules: 'q_prj' matches no.*'q_proj'"),
-        (InjectionError, {"target_modules": ["q_proj", "k_proj"]}, r"'k_proj' matches no module.*'q_proj'"),
-        (InjectionError, {"target_modules": ["k_proj"], "strict": False}, r"'k_proj' matches no module"),
-        (InjectionError, {"target_modules": r"q_proj"}, r"'q_proj' matches no module"),
-        (InjectionError, {"exclude_modules": ["head"]}, r"exclude_modules: 'head' matches no.*'lm_head'"),
-        (InjectionError, {"layers_to_transform": [2, 3]}, r"no layer \[3\]; it has \[0, 1, 2\]"),
-        (InjectionError, {"r_pattern": {"k_proj": 2}}, r"r_pattern key 'k_proj' matches no module"),
-        (InjectionError, {"shapes": {"k_proj": "identity"}}, r"shapes key 'k_proj' matches no module"),
-        (InjectionError, {"target_modules": ["embed"]}, r"embed: cannot adapt a .*Embedding; expected nn"),
-        (InjectionError, {"target_modules": ["norm"]}, r"layers\.0\.norm: cannot adapt"),
-        (InjectionError, {"modules_to_save": ["heads"]}, r"modules_to_save: 'heads' matches no module"),
-        (InjectionError, {"modules_to_save": ["layers.0"]}, r"layers\.0 contains layers\.0\.q_proj, which"),
-        (ConfigError, {"target_modules": ["lm_head"]}, r"lm_head: out_features is 11, a prime"),
-        (ConfigError, {"shapes": [(4, 4, 4, 4)]}, r"layers\.0\.v_proj: .*16 x 16.*expected 8 x 16"),
-        (ConfigError, {"shapes": {"v_proj": [(4, 4, 4, 4)]}}, r"layers\.0\.v_proj: "),
-    ],
-)  # fmt: skip
-def test_a_config_that_does_not_fit_changes_nothing(error, fields, message):
-    model = Net()
-    before = snapshot(model)
-    with pytest.raises(error, match=message):
-        moka.inject(model, MokaConfig(**fields))
-    assert snapshot(model) == before
-
-
-def test_not_strict_warns_about_a_pattern_that_matches_nothing():
-    with pytest.warns(UserWarning, match="'k_proj' matches no module"):
-        model = moka.inject(Net(), MokaConfig(target_modules=["q_proj", "k_proj"], strict=False))
-    assert len(moka.adapter_layers(model)) == 3
-
-
 @pytest.mark.parametrize("first", [True, False], ids=["first adapter", "second adapter"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("k", [1, 3, 6])

@@ -135,6 +135,8 @@ def test_one_layer_class_serves_both(tmp_path):
     ("fields", "error", "message"),
     [
         ({"target_modules": ["q_proj", "q_prj"]}, InjectionError, "'q_prj' matches no module"),
+        ({"target_modules": "q_proj"}, InjectionError, r"the list \['q_proj'\]"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, InjectionError, "leaves out all"),
         ({"target_modules": ["input_layernorm"]}, InjectionError, "cannot adapt"),
         ({"shapes": [(3, 3, 3, 3)]}, ConfigError, "expected 64 x 64"),
         ({"r_pattern": {"x_proj": 2}}, InjectionError, "r_pattern key 'x_proj' matches no module"),

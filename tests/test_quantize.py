@@ -109,6 +109,8 @@ def test_what_is_refused():
         moka.quantize(llama(), blocksize=48)
     with pytest.raises(InjectionError, match=r"'q_prj'.* matches no module"):
         moka.quantize(llama(), exclude_modules=["q_prj"])
+    with pytest.raises(InjectionError, match=r"expression for the whole path.*the list \['q_proj'\]"):
+        moka.quantize(llama(), exclude_modules="q_proj")
     with pytest.raises(InjectionError, match=r"no dense linear layer to quantize.*excluded"):
         moka.quantize(nn.Sequential(nn.Linear(8, 8)), exclude_modules="0")
     with pytest.raises(InjectionError, match=r"in 4 bits already; call moka\.inject"):
