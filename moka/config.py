@@ -22,6 +22,15 @@ from .rules import MAX_R, parse_rule
 FORMAT_VERSION = 1
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
 ShapeSpec = str | tuple[tuple[int | str, ...], ...]
+#: What other libraries call a field or an option -> what moka may call it; spelling alone leads elsewhere.
+OTHER_NAMES = {
+    "rank": ("r",),
+    "lora_rank": ("r", "rank"),
+    "lora_alpha": ("alpha", "scale"),
+    "lora_dropout": ("dropout",),
+    "rank_pattern": ("r_pattern",),
+    "use_dora": ("magnitude",),
+}
 #: What an adapter can train, in the order of `MokaLinear.adapter_layer_names`.
 PARTS = ("A", "B", "gate", "magnitude")
 
@@ -107,6 +116,12 @@ class MokaConfig:
             layers = _check_list(
                 "layers_to_transform", self.layers_to_transform, "a list of layer indices or None"
             )
+            if not layers:
+                _fail(
+                    "layers_to_transform",
+                    layers,
+                    "at least one layer index (no layer is chosen), or None for all",
+                )
             self._set(
                 "layers_to_transform", tuple(_check_int("layers_to_transform", i, 0, 2**31) for i in layers)
             )
@@ -198,7 +213,7 @@ class MokaConfig:
         names = [f.name for f in fields(cls)]
         for key in values:
             if key not in names:
-                nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+                nearest = nearest_name(str(key), names)
                 raise ConfigError(f"unknown key {key!r}; the nearest valid key is {nearest!r}")
         return cls(**values)
 
@@ -217,6 +232,12 @@ class MokaConfig:
 def pattern_matches(pattern: str, path: str) -> bool:
     """Whether a module pattern matches `path`, or the end of it from a dot on."""
     return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+
+
+def nearest_name(key: str, names: Sequence[str]) -> str:
+    """The name that an unknown one most likely stands for: a synonym, else the nearest in spelling."""
+    synonyms = [name for name in OTHER_NAMES.get(key, ()) if name in names]
+    return (synonyms or difflib.get_close_matches(key, names, n=1, cutoff=0.0))[0]
 
 
 def _fail(name: str, value: Any, expected: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .config import MokaConfig
+from .config import MokaConfig, nearest_name
 from .errors import ConfigError
 
 
@@ -69,7 +69,7 @@ def preset(name: str, **options: Any) -> MokaConfig:
     known = [*found.options, *(f.name for f in fields(MokaConfig))]
     for key in options:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            nearest = nearest_name(key, known)
             raise ConfigError(
                 f"preset {name!r}: unknown option {key!r}; the nearest valid one is {nearest!r}"
             )

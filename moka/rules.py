@@ -184,7 +184,11 @@ def _mora(N: int, K: int, r: int, rank: int = 8) -> Shapes:
 
 
 def _bone(N: int, K: int, r: int, rank: int = 64) -> Shapes:
-    return (_blocks(N, K, 1, K // rank if rank and K % rank == 0 else 0, "ones"),)
+    if rank < 1 or K % rank:
+        raise ConfigError(
+            f"r is {rank}, which does not divide the layer's {K} inputs; expected one of {divisors(K)}"
+        )
+    return (_blocks(N, K, 1, K // rank, "ones"),)
 
 
 def _c3a(N: int, K: int, r: int, block: int) -> Shapes:

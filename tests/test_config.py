@@ -40,6 +40,7 @@ def test_defaults_are_the_papers():
         ("shapes", [(1, 2, 3, 0)], "an integer from 1"),
         ("shapes", {"q_proj": "square"}, "one of"),
         ("shapes", {"(": "balanced"}, "regular expression"),
+        ("layers_to_transform", [], "at least one layer index (no layer is chosen), or None"),
         ("gate", "relu", "one of ('softmax', 'topk(j)'"),
         ("scale", 0.0, "a number above 0"),
         ("scale", math.inf, "a finite number"),
@@ -67,6 +68,8 @@ def test_a_bad_value_is_named(field, value, expected):
 def test_unknown_key_names_the_nearest():
     with pytest.raises(ConfigError, match="'target_module'; the nearest valid key is 'target_modules'"):
         MokaConfig.from_dict({"target_module": ["q_proj"]})
+    with pytest.raises(ConfigError, match="'rank'; the nearest valid key is 'r'"):
+        MokaConfig.from_dict({"rank": 8})
 
 
 def test_a_newer_format_is_refused():
@@ -97,7 +100,9 @@ configs = st.fixed_dictionaries(
     optional={
         "target_modules": st.one_of(st.just("all-linear"), st.lists(name, min_size=1, max_size=3)),
         "exclude_modules": st.lists(name, max_size=2),
-        "layers_to_transform": st.one_of(st.none(), st.integers(0, 99), st.lists(st.integers(0, 99))),
+        "layers_to_transform": st.one_of(
+            st.none(), st.integers(0, 99), st.lists(st.integers(0, 99), min_size=1)
+        ),
         "r": st.integers(1, 1024),
         "shapes": st.one_of(shape_spec, st.dictionaries(name, shape_spec, max_size=2)),
         "gate": st.sampled_from(("softmax", "linear", "none")),

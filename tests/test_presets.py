@@ -242,6 +242,14 @@ def test_wrong_names_and_options_are_refused():
         moka.preset("gra-lora")
     with pytest.raises(ConfigError, match="nearest valid one is 'blocks'"):
         moka.preset("gralora", block=2)
+    with pytest.raises(ConfigError, match="nearest valid one is 'r'"):
+        moka.preset("lora", rank=8)
+    with pytest.raises(ConfigError, match="nearest valid one is 'scale'"):
+        moka.preset("moka", lora_alpha=8)
+    with pytest.raises(
+        ConfigError, match=r"r is 100, which does not divide the layer's 64 in.*\(1, 2, 4, 8,"
+    ):
+        moka.inject(nn.Sequential(nn.Linear(64, 48)), moka.preset("bone", r=100, target_modules=["0"]))
     with pytest.raises(ConfigError, match="above 0"):
         moka.preset("lora", r=16, alpha=0)
     with pytest.raises(ConfigError, match="divide"):
