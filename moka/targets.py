@@ -13,6 +13,7 @@ from torch import nn
 from .bases import NF4Linear, base_kind, is_linear4bit
 from .config import MokaConfig, pattern_matches
 from .errors import ConfigError, InjectionError
+from .gates import TOPK
 from .layers import MokaLinear
 from .rules import plan_shapes
 from .shapes import KronShape
@@ -50,7 +51,7 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[Target]:
     Raises:
         InjectionError: nothing matched, one of several patterns matched nothing (strict), or an unsupported
             layer.
-        ConfigError: shapes that do not fit a layer.
+        ConfigError: shapes that do not fit a layer, or a gate that takes more components than it has.
     """
     modules = dict(walk(model))
     kept = _excluded(list(modules), config)
@@ -86,6 +87,12 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[Target]:
             raise ConfigError(
                 f"{path}: gate='matrix' pairs every left factor with every right one, so all components need "
                 f"one shape (shapes='even' or 'lora'), got {[str(s) for s in shapes[:10]]}"
+            )
+        topk = TOPK.fullmatch(config.gate)
+        if topk and int(topk[1]) > len(shapes):
+            raise ConfigError(
+                f"{path}: gate={config.gate!r} takes the {topk[1]} largest logits, and the layer has "
+                f"{len(shapes)} components; expected at most {len(shapes)} of them. Lower it, or raise r"
             )
         aliases = tuple(p for p, m in modules.items() if m is module and p != path)
         most = min(shapes[0].a_numel, shapes[0].b_numel)

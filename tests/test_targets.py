@@ -21,6 +21,7 @@ def every(*names):
         ("all-linear", {"exclude_modules": r".*v_proj"}, every("q_proj", "out")),
         ("all-linear", {}, every("q_proj", "v_proj", "out")),
         (["lm_head"], {"strict": False}, {"lm_head"}),
+        (["lm_head"], {"strict": False, "gate": "topk(5)"}, {"lm_head"}),
     ],
 )
 def test_selection(target, fields, expected):
@@ -55,6 +56,8 @@ def test_selection(target, fields, expected):
         (InjectionError, {"modules_to_save": ["heads"]}, r"modules_to_save: 'heads' matches no module"),
         (InjectionError, {"modules_to_save": ["layers.0"]}, r"layers\.0 contains layers\.0\.q_proj, which"),
         (ConfigError, {"target_modules": ["lm_head"]}, r"lm_head: out_features is 11, a prime"),
+        (ConfigError, {"gate": "topk(99)"}, r"layers\.0\.q_proj: gate='topk\(99\)' .* 99 .* has 10 comp"),
+        (ConfigError, {"gate": "topk(4)", "r_pattern": {"v_proj": 3}}, r"v_proj: .*topk\(4\).* at most 3"),
         (ConfigError, {"shapes": [(4, 4, 4, 4)]}, r"layers\.0\.v_proj: .*16 x 16.*expected 8 x 16"),
         (ConfigError, {"shapes": {"v_proj": [(4, 4, 4, 4)]}}, r"layers\.0\.v_proj: "),
     ],
