@@ -9,10 +9,11 @@ the others leave, in turns. One dense update is held at a time.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -276,13 +277,27 @@ def kind_of(folder: Path) -> str:
 
     Raises:
         CheckpointFormatError, UnsafeFileError: the folder holds no adapter, or cannot be trusted.
+        FileNotFoundError: there is no such folder, or no configuration in it.
     """
     return str(_settings(folder)["peft_type"])
 
 
+@contextlib.contextmanager
+def _opened(folder: Path, name: str) -> Iterator[int]:
+    """`safefile.open_untrusted`, which says of a file that is not there what the folder should be."""
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = stack.enter_context(safefile.open_untrusted(folder, name))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise type(error)(
+                f"{folder / name}: cannot be read ({error}); expected the folder of a saved adapter"
+            ) from None
+        yield descriptor
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     where = str(folder / CONFIG)
-    with safefile.open_untrusted(folder, CONFIG) as descriptor:
+    with _opened(folder, CONFIG) as descriptor:
         settings = safefile.strict_json(safefile.read_text(descriptor, where), where)
     if not isinstance(settings, dict) or "peft_type" not in settings:
         raise CheckpointFormatError(f"{where}: names no peft_type; expected the configuration of an adapter")
@@ -295,7 +310,7 @@ def _read(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if settings["peft_type"] != kind:
         raise CheckpointFormatError(f"{folder}: got the type {settings['peft_type']!r}, expected {kind}")
     where = str(folder / WEIGHTS)
-    with safefile.open_untrusted(folder, WEIGHTS) as descriptor:
+    with _opened(folder, WEIGHTS) as descriptor:
         data = safefile.read_all(descriptor, where, safefile.read_header(descriptor, where))
     return settings, safetensors.torch.load(data)
 

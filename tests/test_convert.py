@@ -285,6 +285,14 @@ def test_lokrs_that_are_refused(tmp_path):
         convert.from_lokr(tmp_path, tiny_model())
 
 
+def test_a_folder_without_an_adapter_is_named(tmp_path):
+    for settings in (None, '{"peft_type": "LORA"}'):  # no file at all, then no weights
+        if settings:
+            (tmp_path / "adapter_config.json").write_text(settings)
+        with pytest.raises(FileNotFoundError, match=r"adapter_.*expected the folder of a saved adapter"):
+            convert.from_lora(tmp_path, tiny_model(), MokaConfig(QV))
+
+
 def test_a_fit_reaches_16_bit_factors(tmp_path):
     lora = by_peft(peft.LoraConfig(target_modules=QV, r=4), tmp_path)
     shapes = {"q_proj": [(64, 1, 1, 64)] * 4, "v_proj": [(32, 1, 1, 64)] * 4}
