@@ -66,7 +66,11 @@ def merge(
 
 @torch.no_grad()
 def merge_layers(
-    layers: Mapping[str, MokaLinear], names: Sequence[str], into: torch.dtype | None, force: bool
+    layers: Mapping[str, MokaLinear],
+    names: Sequence[str],
+    into: torch.dtype | None,
+    force: bool,
+    fix: str = "into=torch.float32",
 ) -> None:
     """Merges the named adapters into every layer that has one of them, or, on any error, into none.
 
@@ -74,18 +78,25 @@ def merge_layers(
         layers: path -> layer.
         names: sorted, so that the sum does not depend on their order.
         into, force: as for `merge`, which says what it raises.
+        fix: what the caller's own user does against a loss by rounding to 16 bits.
     """
     check_into(into)
     refuse_sharded(parameter for layer in layers.values() for parameter in layer.parameters())
     merged: dict[MokaLinear, tuple[nn.Module, MergedBase, list[str]]] = {}
+    lost: dict[str, tuple[str, float]] = {}
     for path, layer in layers.items():
         if layer.merged_adapters:
             raise StateError(f"{path}: {layer.merged_adapters} are merged already; call moka.unmerge first")
         if present := [name for name in names if name in layer.moka_A]:
             new, error = _merged_layer(path, layer, present, into)
             if error > MAX_ERROR:
-                _report_loss(path, new, error, force)
+                four_bit = isinstance(new, NF4Linear)
+                if four_bit and not force:
+                    _refuse_loss(path, error)
+                lost[path] = "4 bits" if four_bit else str(new.weight.dtype), error
             merged[layer] = new, MergedBase(layer.base_layer, error), present
+    if lost:
+        _warn_of_loss(lost, fix)
     try:
         for layer, (new, base, present) in merged.items():
             layer.merged_base, layer.merged_adapters, layer.base_layer = base, present, new
@@ -158,17 +169,23 @@ def _merged_layer(
     return new, loss.item() if delta.any() else 0.0
 
 
-def _report_loss(path: str, new: nn.Module, error: float, force: bool) -> None:
-    four_bit = isinstance(new, NF4Linear)
-    kind = "4 bits" if four_bit else str(new.weight.dtype)
-    advice = "torch.bfloat16 or torch.float32" if four_bit else "torch.float32"
-    message = (
-        f"{path}: rounding to {kind} changes the update by {error:.0%} of its norm, expected at most "
-        f"{MAX_ERROR:.0%}; merge with into={advice}, or keep the adapter apart"
+def _refuse_loss(path: str, error: float) -> None:
+    raise MergeError(
+        f"{path}: rounding to 4 bits changes the update by {error:.0%} of its norm, expected at most "
+        f"{MAX_ERROR:.0%}; merge with into=torch.bfloat16 or torch.float32, or keep the adapter apart. "
+        f"force=True merges all the same"
     )
-    if four_bit and not force:
-        raise MergeError(f"{message}. force=True merges all the same")
-    warnings.warn(message, stacklevel=4)
+
+
+def _warn_of_loss(lost: Mapping[str, tuple[str, float]], fix: str) -> None:
+    """One warning for all layers, of which a model has hundreds; `merge_errors` has each."""
+    path = max(lost, key=lambda p: lost[p][1])
+    kinds, worst = " and ".join(sorted({kind for kind, _ in lost.values()})), lost[path][1]
+    warnings.warn(
+        f"rounding to {kinds} changes the update of {len(lost)} layers by more than {MAX_ERROR:.0%} of its "
+        f"norm, the most ({worst:.0%}) in {path}; merge with {fix}, or keep the adapter apart",
+        stacklevel=4,
+    )
 
 
 def restore(layers: Iterable[MokaLinear]) -> None:

@@ -125,6 +125,9 @@ def test_train_writes_its_results(adapter):
         (["bench", "--shape", "12"], "shape: got '12', expected"),
         (["eval", "--adapter", "no/such"], "adapter_config.json: cannot be read"),
         (["eval", "--model", "MODEL", "--adapter", "no/such"], "no/such"),
+        (["merge", "-a", "no/such", "-o", "MODEL/new"], "expected the folder of a saved adapter"),
+        (["convert", "-a", "no/such", "-o", "MODEL/new"], "expected the folder of a saved adapter"),
+        (["convert", "-a", "MODEL/config.json", "-o", "MODEL/new"], "expected the folder of a saved adapter"),
     ],
 )
 def test_errors_are_one_message(folder, tmp_path, arguments, message, monkeypatch):
@@ -213,6 +216,23 @@ def test_merge_writes_a_plain_model(folder, adapter, tmp_path, quantizer):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert (want - plain).abs().max() > 1e-2  # the adapter does something
     assert "quantization_config" not in json.loads((output / "config.json").read_text())
+
+
+@pytest.mark.filterwarnings("default")  # shown by the command
+def test_merge_warns_once_of_a_lost_update_and_names_its_flag(folder, adapter, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    base.name_or_path = base.config.name_or_path = f"{folder}/model"
+    model = moka.load_adapter(moka.quantize(base), adapter)
+    for layer in moka.adapter_layers(model).values():
+        layer.moka_B["default"].data.mul_(1e-3)
+    moka.save_adapter(model, tmp_path / "small")
+    result = moka_command("merge", "-a", tmp_path / "small", "-o", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    shown = flat(result.stderr)
+    assert shown.count("warning: rounding to") == 1 and "into=" not in shown
+    assert f"{len(moka.adapter_layers(model))} layers" in shown and "merge with --dtype float32" in shown
 
 
 def test_merge_does_not_write_into_the_folder_of_an_adapter(adapter):

@@ -25,8 +25,8 @@ def merge(
     """
     from ..checkpoint import CONFIG
     from ..errors import ConfigError
-    from ..inject import eject
-    from ..merge import merge as merge_update
+    from ..inject import active_adapters, adapter_layers, eject
+    from ..merge import merge_layers
 
     if (output / CONFIG).exists():
         raise ConfigError(
@@ -35,7 +35,8 @@ def merge(
         )
     into = parse_dtype(dtype) or torch.bfloat16
     loaded, tokenizer = load(model, adapter, quantize, "auto")
-    merged: Any = eject(merge_update(loaded, into=into), into)
+    merge_layers(adapter_layers(loaded), active_adapters(loaded), into, force=False, fix="--dtype float32")
+    merged: Any = eject(loaded, into)
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
     out.print(f"merged {adapter} into {output} ({dtype})", highlight=False)
