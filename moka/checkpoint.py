@@ -35,6 +35,7 @@ from .inject import (
     active_adapters,
     adapter_layers,
     check_adapter_name,
+    check_model,
     eject,
     holds_adapters_of_peft,
     inject,
@@ -85,7 +86,7 @@ def save_adapter(
         is on processes that do not write.
 
     Raises:
-        ConfigError: another value of `quantize`.
+        ConfigError: another value of `quantize`, or no model in its place.
         StateError: no such adapter, it is merged, or the model is on the meta device.
         NonFiniteError: a tensor holds NaN or infinity; the old files stay.
         OSError: with the path; the old file stays.
@@ -95,6 +96,7 @@ def save_adapter(
         >>> max(moka.save_adapter(model, "small/", quantize="int8").values())          # doctest: +SKIP
         0.0071
     """
+    check_model(model, "moka.save_adapter(model, directory)")
     check_adapter_name(adapter_name)
     if quantize is not None and quantize not in SCHEMES:
         raise ConfigError(f"quantize: got {quantize!r}, expected one of {(None, *SCHEMES)}")
@@ -166,6 +168,7 @@ def load_adapter(
         The same model.
 
     Raises:
+        ConfigError: no model in its place, or a bad adapter name.
         FileNotFoundError: the directory holds no adapter.
         UnsafeFileError: a pickle, a link out of the directory, a FIFO, a configuration with more than data.
         CheckpointFormatError: damaged, truncated, or not an adapter of MoKA.
@@ -177,6 +180,7 @@ def load_adapter(
     Example:
         >>> model = moka.load_adapter(model, "out/")          # doctest: +SKIP
     """
+    check_model(model, "moka.load_adapter(model, directory)")
     check_adapter_name(adapter_name)
     given, model = model, unwrapped(model)
     if holds_adapters_of_peft(model):

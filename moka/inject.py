@@ -58,7 +58,8 @@ def inject(
 
     Raises:
         InjectionError: a pattern matches nothing, or matches a layer that cannot be adapted.
-        ConfigError: a shape does not fit its layer, a prime dimension (strict), or a bad adapter name.
+        ConfigError: a shape does not fit its layer, a prime dimension (strict), a bad adapter name, or a
+            model or configuration of another type.
         StateError: the name is taken, or the model is compiled, sharded or repacked already.
 
     Example:
@@ -67,6 +68,7 @@ def inject(
         >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
         1290
     """
+    check_model(model, "moka.inject(model, config)")
     root: Any = model  # nn.Module declares no attributes but tensors and modules
     if not isinstance(config, MokaConfig):
         raise ConfigError(
@@ -111,6 +113,20 @@ def inject(
         undo.pop_all()
     warn_about_optimizers(model, optimizers, "moka.inject")
     return model
+
+
+def check_model(model: object, call: str) -> None:
+    """Accepts modules alone; `call` shows the order of the arguments, which are easily exchanged.
+
+    Raises:
+        ConfigError: with that order.
+    """
+    if not isinstance(model, nn.Module):
+        kind = type(model)
+        raise ConfigError(
+            f"model: got a {kind.__module__}.{kind.__qualname__}, expected a torch.nn.Module as the first "
+            f"argument: {call}"
+        )
 
 
 def check_adapter_name(name: str) -> None:

@@ -208,6 +208,11 @@ def test_states_that_do_not_fit(tmp_path):
         moka.load_adapter(model, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nothing-here/.*expected the folder of a saved adapter"):
         moka.load_adapter(base(), tmp_path / "nothing-here")
+    for call in (moka.save_adapter, moka.load_adapter):
+        with pytest.raises(
+            ConfigError, match=rf"a builtins\.str, .*Module .*{call.__name__}\(model, directory\)"
+        ):
+            call(str(tmp_path), base())
 
 
 def test_a_regular_expression_without_an_equivalent_is_refused(tmp_path):

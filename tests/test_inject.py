@@ -135,6 +135,14 @@ def test_a_config_of_another_kind_is_refused(config):
         moka.inject(Net(), config)
 
 
+@pytest.mark.parametrize("arguments", [("base", CONFIG), (CONFIG, Net()), (None, CONFIG)])
+def test_what_is_no_model_is_refused(arguments):
+    with pytest.raises(
+        ConfigError, match=r"model: got a .*expected a torch\.nn\.Module .*inject\(model, config\)"
+    ):
+        moka.inject(*arguments)
+
+
 def test_a_name_is_used_once():
     model = moka.inject(Net(), CONFIG)
     before = snapshot(model)
