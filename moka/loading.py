@@ -21,6 +21,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     double_quant: bool = True,
+    text: bool = True,
 ) -> tuple[Any, Any]:
     """A model in eval mode and its tokenizer.
 
@@ -31,9 +32,12 @@ def load_model(
         dtype: of all that is not in 4 bits; None is float32 on a CPU, where it is fastest, else bfloat16.
         device: None is the GPU if there is one.
         double_quant: absmax in 8 bits.
+        text: the model is to read text; without, a folder without a tokenizer will do, and None is returned
+            in its place.
 
     Raises:
-        ConfigError: the name leads to no model, or the options do not go together.
+        ConfigError: the name leads to no model, or to one without the tokenizer that `text` needs, or the
+            options do not go together.
         DownloadError: the embedded model cannot be obtained.
         ImportError: transformers is not installed.
 
@@ -66,7 +70,13 @@ def load_model(
             )
             options["device_map"] = {"": str(device)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **files)
+        bare = _is_bare(Path(source))
+        if bare and text:
+            raise ConfigError(
+                f"model: {name!r} has no tokenizer; save one beside it with "
+                f"tokenizer.save_pretrained({name!r})"
+            )
+        tokenizer = None if bare else AutoTokenizer.from_pretrained(source, **files)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **files, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -79,3 +89,11 @@ def load_model(
         model = model.to(device)
     model.name_or_path = model.config.name_or_path = name  # what an adapter records as its base
     return model.eval(), tokenizer
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether a folder holds a model and nothing that could be a tokenizer's."""
+    patterns = ("tokenizer*", "vocab*", "merges*", "*.model", "*.gguf")
+    return (folder / "config.json").exists() and not any(
+        file for pattern in patterns for file in folder.glob(pattern)
+    )

@@ -218,6 +218,25 @@ def test_merge_writes_a_plain_model(folder, adapter, tmp_path, quantizer):
     assert "quantization_config" not in json.loads((output / "config.json").read_text())
 
 
+def test_a_model_without_a_tokenizer(folder, tmp_path):
+    """Commands that read no text take it, the others say what is missing."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    model.name_or_path = model.config.name_or_path = str(tmp_path / "model")
+    moka.save_adapter(moka.inject(model, moka.MokaConfig()), tmp_path / "adapter")
+    calls = {"merge": "adapter", "export-lora": "adapter", "convert": "export-lora", "analyze": "adapter"}
+    for command, source in calls.items():
+        places = "-a", tmp_path / source, "-q", "none"
+        result = moka_command(
+            command, *places, "--json" if command == "analyze" else "-o", tmp_path / command
+        )
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "merge" / "config.json").exists()
+    assert not list((tmp_path / "merge").glob("tokenizer*"))
+    result = moka_command("eval", f"{folder}/choices.jsonl", *places)
+    assert result.exit_code == 2 and "has no tokenizer; save one beside it with" in flat(result.stderr)
+
+
 @pytest.mark.filterwarnings("default")  # shown by the command
 def test_merge_warns_once_of_a_lost_update_and_names_its_flag(folder, adapter, tmp_path):
     from transformers import AutoModelForCausalLM

@@ -25,7 +25,7 @@ def analyze(
     from ..analyze import to_dict
     from ..plots import plot_energy
 
-    loaded, _ = load(model, adapter, quantize, dtype)
+    loaded, _ = load(model, adapter, quantize, dtype, text=False)
     layers = measure(loaded)
     layer_column = Column("layer", overflow="fold")  # whole, also in a narrow terminal or a pipe
     table = Table("r", "used", "gates", "rank", "|dW|/|W|", "rows", layer_column, box=None, pad_edge=False)

@@ -25,14 +25,17 @@ DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(model: str | None, adapter: Path | None, quantize: str, dtype: str) -> tuple[Any, Any]:
-    """The model, with the adapter in it if there is one, and its tokenizer."""
+def load(
+    model: str | None, adapter: Path | None, quantize: str, dtype: str, text: bool = True
+) -> tuple[Any, Any]:
+    """The model, with the adapter in it if there is one, and its tokenizer; None if `text` is false and there
+    is none."""
     from ..checkpoint import load_adapter
     from ..loading import EMBEDDED, load_model
 
     quiet_libraries()
     name = model or (base_of(adapter) if adapter else EMBEDDED)
-    loaded, tokenizer = load_model(name, quantize, parse_dtype(dtype))
+    loaded, tokenizer = load_model(name, quantize, parse_dtype(dtype), text=text)
     return (load_adapter(loaded, adapter) if adapter else loaded), tokenizer
 
 

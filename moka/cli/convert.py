@@ -46,7 +46,7 @@ def convert(
     if overrides and kind != "LORA":
         raise ConfigError(f"got {overrides}, expected no settings: a {kind} converts as it is")
     config = MokaConfig.from_dict(read_values(overrides or []))
-    loaded, _ = load(model or base_of(adapter), None, quantize, dtype)
+    loaded, _ = load(model or base_of(adapter), None, quantize, dtype, text=False)
     if kind == "MOKA" and to is None:
         kinds.to_lokr(load_adapter(loaded, adapter), output)
     else:

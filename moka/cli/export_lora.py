@@ -33,7 +33,7 @@ def export_lora(
     """
     from ..export_lora import export_lora as write
 
-    loaded, _ = load(model, adapter, quantize, dtype)
+    loaded, _ = load(model, adapter, quantize, dtype, text=False)
     export = write(loaded, output, rank=rank, energy=energy, rank_pattern=rank_pattern)
     out.print(str(export), highlight=False, soft_wrap=True)
     out.print(f"exported {adapter} into {output}", highlight=False)

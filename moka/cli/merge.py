@@ -34,9 +34,10 @@ def merge(
             f"merged model; choose another folder"
         )
     into = parse_dtype(dtype) or torch.bfloat16
-    loaded, tokenizer = load(model, adapter, quantize, "auto")
+    loaded, tokenizer = load(model, adapter, quantize, "auto", text=False)
     merge_layers(adapter_layers(loaded), active_adapters(loaded), into, force=False, fix="--dtype float32")
     merged: Any = eject(loaded, into)
     merged.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output)
     out.print(f"merged {adapter} into {output} ({dtype})", highlight=False)
