@@ -27,7 +27,6 @@ from .errors import (
     ConfigError,
     InjectionError,
     NonFiniteError,
-    StateError,
     UnsafeFileError,
 )
 from .fingerprint import check_base, fingerprint
@@ -37,7 +36,6 @@ from .inject import (
     check_adapter_name,
     check_model,
     eject,
-    holds_adapters_of_peft,
     inject,
     require_adapters,
     saved_modules,
@@ -183,8 +181,7 @@ def load_adapter(
     check_model(model, "moka.load_adapter(model, directory)")
     check_adapter_name(adapter_name)
     given, model = model, unwrapped(model)
-    if holds_adapters_of_peft(model):
-        raise StateError("the model holds adapters of peft; load further ones with model.load_adapter")
+    require_adapters(model, [], "load further ones with model.load_adapter")
     if adapter_name not in getattr(model, "moka_config", {}):
         refuse_wrapped(given, "moka.load_adapter")  # it would be injected
     directory = Path(directory)

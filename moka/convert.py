@@ -9,11 +9,10 @@ the others leave, in turns. One dense update is held at a time.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from .layers import MokaLinear
 from .layout import PREFIX
 from .shapes import explicit_shapes
 from .targets import find_targets
+from .wrapped import unwrapped
 
 #: What of peft's LoRA changes the update or reaches beyond it.
 LORA_EXTRAS = (
@@ -195,6 +195,7 @@ def to_lokr(model: nn.Module, folder: str | Path, adapter_name: str = "default")
         from peft.tuners.lokr.layer import factorization
     except ImportError as error:
         raise ImportError("to_lokr needs peft, for its rule of factor shapes; install moka[peft]") from error
+    model = unwrapped(model)
     layers = exportable_layers(model, adapter_name)
     if any(adapter_name in layer.moka_magnitude for layer in layers.values()):
         raise ConfigError(f"to_lokr: adapter {adapter_name!r} has a magnitude, which a LoKr of peft has not")
@@ -282,22 +283,9 @@ def kind_of(folder: Path) -> str:
     return str(_settings(folder)["peft_type"])
 
 
-@contextlib.contextmanager
-def _opened(folder: Path, name: str) -> Iterator[int]:
-    """`safefile.open_untrusted`, which says of a file that is not there what the folder should be."""
-    with contextlib.ExitStack() as stack:
-        try:
-            descriptor = stack.enter_context(safefile.open_untrusted(folder, name))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise type(error)(
-                f"{folder / name}: cannot be read ({error}); expected the folder of a saved adapter"
-            ) from None
-        yield descriptor
-
-
 def _settings(folder: Path) -> dict[str, Any]:
     where = str(folder / CONFIG)
-    with _opened(folder, CONFIG) as descriptor:
+    with safefile.open_untrusted(folder, CONFIG) as descriptor:
         settings = safefile.strict_json(safefile.read_text(descriptor, where), where)
     if not isinstance(settings, dict) or "peft_type" not in settings:
         raise CheckpointFormatError(f"{where}: names no peft_type; expected the configuration of an adapter")
@@ -310,7 +298,7 @@ def _read(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if settings["peft_type"] != kind:
         raise CheckpointFormatError(f"{folder}: got the type {settings['peft_type']!r}, expected {kind}")
     where = str(folder / WEIGHTS)
-    with _opened(folder, WEIGHTS) as descriptor:
+    with safefile.open_untrusted(folder, WEIGHTS) as descriptor:
         data = safefile.read_all(descriptor, where, safefile.read_header(descriptor, where))
     return settings, safetensors.torch.load(data)
 

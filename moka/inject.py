@@ -81,8 +81,7 @@ def inject(
         raise StateError(
             f"adapter {adapter_name!r} exists already; choose another name or call moka.eject first"
         )
-    if not configs and adapter_layers(model):
-        raise StateError("the model holds adapters of peft; add further ones with peft's own functions")
+    require_adapters(model, [], "add further ones with peft's own functions")
     refuse_wrapped(model)
     targets = find_targets(model, config)
     copies = find_modules_to_save(model, config, targets)
@@ -146,7 +145,7 @@ def adapter_layers(model: nn.Module) -> dict[str, MokaLinear]:
 
 def holds_adapters_of_peft(model: nn.Module) -> bool:
     """Whether the model was adapted by peft's call, so that its adapters are peft's to train and to save."""
-    return not getattr(model, "moka_config", {}) and bool(adapter_layers(model))
+    return not getattr(unwrapped(model), "moka_config", {}) and bool(adapter_layers(model))
 
 
 def require_adapters(model: nn.Module, names: Iterable[str], with_peft: str) -> None:
@@ -158,7 +157,7 @@ def require_adapters(model: nn.Module, names: Iterable[str], with_peft: str) -> 
     Raises:
         StateError: naming the adapter and those that the model has.
     """
-    known = list(getattr(model, "moka_config", {}))
+    known = list(getattr(unwrapped(model), "moka_config", {}))
     if holds_adapters_of_peft(model):
         raise StateError(f"the model holds adapters of peft; {with_peft}")
     for name in names:
@@ -183,7 +182,6 @@ def set_adapter(model: nn.Module, names: str | Sequence[str]) -> None:
         StateError: a name is unknown, or a merged adapter would be switched off.
     """
     names = [names] if isinstance(names, str) else list(names)
-    model = unwrapped(model)
     require_adapters(model, names, "choose with model.set_adapter")
     wrappers = _wrappers(model)
     for name in {n for w in wrappers if isinstance(w, MokaLinear) for n in w.merged_adapters} - set(names):

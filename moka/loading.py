@@ -69,13 +69,12 @@ def load_model(
                 bnb_4bit_compute_dtype=dtype,
             )
             options["device_map"] = {"": str(device)}
+    bare = _is_bare(Path(source))
+    if bare and text:
+        raise ConfigError(
+            f"model: {name!r} has no tokenizer; save one beside it with tokenizer.save_pretrained({name!r})"
+        )
     try:
-        bare = _is_bare(Path(source))
-        if bare and text:
-            raise ConfigError(
-                f"model: {name!r} has no tokenizer; save one beside it with "
-                f"tokenizer.save_pretrained({name!r})"
-            )
         tokenizer = None if bare else AutoTokenizer.from_pretrained(source, **files)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **files, **options)
     except (OSError, ValueError) as error:

@@ -126,12 +126,12 @@ def merge_errors(model: nn.Module) -> dict[str, float]:
 
 def _adapter_names(model: nn.Module, wanted: str | Sequence[str] | None) -> list[str]:
     """The adapters to merge, sorted so that the sum does not depend on their order."""
-    known = list(getattr(unwrapped(model), "moka_config", {}))
     names = (
         active_adapters(model) if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
     )
-    require_adapters(unwrapped(model), names, "merge with model.merge_and_unload")
+    require_adapters(model, names, "merge with model.merge_and_unload")
     if not names:
+        known = list(getattr(unwrapped(model), "moka_config", {}))
         raise StateError(
             f"no adapter to merge: none is active, the model has {known}; call moka.inject first"
         )

@@ -111,13 +111,19 @@ def open_untrusted(directory: str | Path, name: str) -> Iterator[int]:
 
     Raises:
         UnsafeFileError: a link that leads out of the directory, a FIFO, a device or a directory.
-        FileNotFoundError: no such file.
+        FileNotFoundError, NotADirectoryError: no such file.
     """
     path = Path(directory) / name
     real = Path(os.path.realpath(path))
     if real.parent != Path(os.path.realpath(directory)):
         raise UnsafeFileError(f"{path}: leads to {real}, outside its directory; copy the file itself there")
-    _require_regular(os.lstat(real), path)
+    try:
+        status = os.lstat(real)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise type(error)(
+            f"{path}: cannot be read ({error}); expected the folder of a saved adapter"
+        ) from None
+    _require_regular(status, path)
     # a link or a FIFO that takes the place of the file after the check makes open fail, or is seen below
     descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

@@ -210,7 +210,7 @@ def _left_out(found: Sequence[str], kept: Sequence[str], config: MokaConfig) -> 
     if set(kept).isdisjoint(found):
         field, value, fix = "exclude_modules", config.exclude_modules, "exclude less"
     else:
-        found = sorted(set(found).intersection(kept), key=found.index)
+        found = [path for path in found if path in kept]
         field, value, fix = "layers_to_transform", config.layers_to_transform, "choose other layers"
     return (
         f"{field}={value!r} leaves out all that it matches, {len(found)} in number, such as {found[0]!r}; "

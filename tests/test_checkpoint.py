@@ -22,6 +22,7 @@ from moka.errors import (
     ConfigError,
     StateError,
 )
+from moka.inject import holds_adapters_of_peft
 
 
 def one_process(model):
@@ -75,6 +76,7 @@ def test_names_in_the_file_are_those_of_the_model_inside(tmp_path, wrap):
     assert moka.load_adapter(wrapped, tmp_path / "a") is wrapped
     assert same(model, expected)
     moka.set_adapter(wrapped, "default")
+    assert not holds_adapters_of_peft(wrapped)
     with pytest.raises(StateError, match=r"wrapped already .*; call moka\.load_adapter first"):
         moka.load_adapter(wrapped, tmp_path / "a", "another")
 

@@ -46,7 +46,7 @@ struct DecodeArgs {
     // H200: one thread block per multiprocessor lets the next launch begin beside it; if there is more to do than that,
     // twice the warps gain more.
     const int64_t tiles = w.N / (pairs ? 32 : 16);
-    const int most = multiprocessors * resident(pairs ? decode_bytes<2>() : decode_bytes<1>());
+    const int most = multiprocessors * (pairs ? 2 : resident(decode_bytes<1>()));
     per_device = static_cast<int>(tiles < most ? tiles : most);
     percent = plan.r && tiles <= multiprocessors ? kMixturePercent : kSharedPercent;
   }

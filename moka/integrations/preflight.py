@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..bases import NF4Linear, is_linear4bit
 from ..errors import ConfigError, StateError
-from ..inject import active_adapters, adapter_layers, holds_adapters_of_peft
+from ..inject import active_adapters, adapter_layers, require_adapters
 from ..layout import is_sharded
 
 FSDP1 = (
@@ -140,8 +140,7 @@ def require_adapter(model: nn.Module) -> str:
     Raises:
         StateError: the model has none of `moka.inject`, or another number of active ones.
     """
-    if holds_adapters_of_peft(model):
-        raise StateError("the model holds adapters of peft; train it with transformers.Trainer")
+    require_adapters(model, [], "train it with transformers.Trainer")
     if not getattr(model, "moka_config", {}):
         raise StateError("the model holds no adapter; call moka.inject first")
     active = active_adapters(model)
