@@ -14,44 +14,30 @@ constexpr int kStageSteps = 16;  // macro columns per stage of mixture_kernel
 constexpr int kBuffers = 4;      // stages in shared memory or on their way to it
 
 // How mixture_kernel cuts W [N, K]: a thread block takes `rows` x `columns` phases of the period, each warp a cell
-// of 8 >> shift rows and 8 << shift columns, which lies in one entry of every A_i. A stage is 16 macro columns of
-// that; the stages of one block of phases go through all macro rows, then come the next phases.
+// of 8 >> shift rows and 8 << shift columns, which lies in one entry of every A_i. A stage is 16 macro columns of one
+// macro row. As many thread blocks as there are parts share the stages of the same phases; neighbouring ones have
+// neighbouring phases, so that all write to the same rows of W at about the same time.
 struct Walk {
   int K, period_n, period_k;
   int macro_rows, macro_columns;
   int shift;
-  int chunks, stages;  // stages per macro row, and of all of W
+  int tiles, blocks;          // thread blocks' phases: side by side, and in all
+  int chunks, stages, parts;  // stages of a macro row, of a block of phases; and what they are divided into
 
   __host__ __device__ int rows() const { return 8 >> shift; }
   __host__ __device__ int columns() const { return 8 * kWarps << shift; }
 };
 
 struct Stage {
-  int p, q;  // first phase of the thread block
   int I, J;  // macro row, first macro column
 
-  __device__ Stage(const Walk& w, unsigned index) {
-    const unsigned row = index / w.chunks, tile = row / w.macro_rows, tiles = w.period_k / w.columns();
-    p = tile / tiles * w.rows();
-    q = tile % tiles * w.columns();
-    I = row % w.macro_rows;
-    J = index % w.chunks * kStageSteps;
-  }
-  // True when the phases change.
-  __device__ bool advance(const Walk& w) {
+  __device__ void advance(const Walk& w) {
     J += kStageSteps;
-    if (J < w.macro_columns) return false;
-    J = 0;
-    if (++I < w.macro_rows) return false;
-    I = 0;
-    q += w.columns();
-    if (q < w.period_k) return true;
-    q = 0;
-    p += w.rows();
-    return true;
+    if (J >= w.macro_columns) J = 0, ++I;
   }
+  // The entry of W at phase (0, 0).
   __device__ int64_t first_entry(const Walk& w) const {
-    return static_cast<int64_t>(I * w.period_n + p) * w.K + static_cast<int64_t>(J) * w.period_k + q;
+    return static_cast<int64_t>(I * w.period_n) * w.K + static_cast<int64_t>(J) * w.period_k;
   }
 };
 
@@ -68,6 +54,7 @@ struct Nf4Base {
   Nf4Params w;
   int block_shift, block2_shift;  // log2 of the blocksizes; fast kernels only
 
+  static constexpr int kMixtureBlocks = 2;  // of mixture_kernel, per multiprocessor
   static constexpr int kCopies = 16;
   static constexpr int kTableBytes = 256 * kCopies * 8, kCodeBytes = kBuildThreads * 16;
   static constexpr int kScales = kTableBytes + kBuffers * kCodeBytes;
@@ -182,7 +169,8 @@ inline Nf4Base nf4_base(const Nf4Params& w) {
 
 template <typename T>
 struct DenseBase {
-  const T* w;  // null: zero
+  const T* w;                                                    // null: zero
+  static constexpr int kMixtureBlocks = sizeof(T) == 2 ? 2 : 1;  // two would spill registers
   static constexpr int kSharedBytes = 0;
 
   __device__ void fill(uint8_t*) const {}

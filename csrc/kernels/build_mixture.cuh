@@ -9,12 +9,11 @@
 // matters is added, the smallest first: two parts are 2^-17 off, enough before a result of 16 bits, three 2^-25.
 #pragma once
 
-#include "build_base.cuh"
+#include "build_output.cuh"
 
 namespace moka::cuda {
 
-constexpr int kMaxPeriodic = 12;   // components
-constexpr int kMixtureBlocks = 2;  // per multiprocessor
+constexpr int kMaxPeriodic = 12;  // components
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t out;
@@ -72,14 +71,18 @@ struct Operands {
 };
 
 template <typename T, typename TF, int kShare, bool kIdentity, class Base>
-__global__ void __launch_bounds__(kBuildThreads, kMixtureBlocks)
-    mixture_kernel(Base base, Factors<TF> f, const __grid_constant__ Components comps, const Walk walk, T* out) {
+__global__ void __launch_bounds__(kBuildThreads, Base::kMixtureBlocks)
+    mixture_kernel(Base base, Factors<TF> f, const __grid_constant__ Components comps, const Walk walk, T* out,
+                   const __grid_constant__ CUtensorMap map) {
   constexpr int kParts = sizeof(T) == 2 ? 2 : 3;
-  extern __shared__ __align__(16) uint8_t smem[];
+  extern __shared__ __align__(StageOutput<T>::kAlign) uint8_t smem[];
   const int lane = threadIdx.x % kLanes, group = lane / 4, t = lane % 4;
   const int row = group >> walk.shift, cell = threadIdx.x / kLanes * (8 << walk.shift);
   const int column = cell + group % (1 << walk.shift) * 8;
-  const int64_t to_lane = static_cast<int64_t>(row) * walk.K + 2 * t * walk.period_k + column;
+  const int part = blockIdx.x / walk.blocks, block = blockIdx.x % walk.blocks;
+  const int p = block / walk.tiles * walk.rows(), q = block % walk.tiles * walk.columns();  // the first phase
+  const int64_t to_block = static_cast<int64_t>(p) * walk.K + q;
+  const int64_t to_lane = to_block + static_cast<int64_t>(row) * walk.K + 2 * t * walk.period_k + column;
   typename Base::Lane mine = base.lane(walk, row, column, 2 * t);
 
   // What moves A's entry of a component on by a macro row and by a macro column.
@@ -88,15 +91,17 @@ __global__ void __launch_bounds__(kBuildThreads, kMixtureBlocks)
     steps[threadIdx.x] = {comps.c[threadIdx.x].a_row_step, comps.c[threadIdx.x].a_column_step};
 
   // This block's share of the stages. Three are under way to shared memory while one is worked on.
-  const int share = walk.stages / gridDim.x, rest = walk.stages % gridDim.x, block = blockIdx.x;
-  const int begin = block * share + min(block, rest), end = begin + share + (block < rest);
-  Stage now(walk, begin), ahead = now;
+  const int begin = static_cast<int>(int64_t{walk.stages} * part / walk.parts);
+  const int end = static_cast<int>(int64_t{walk.stages} * (part + 1) / walk.parts);
+  Stage now = {begin / walk.chunks, begin % walk.chunks * kStageSteps}, ahead = now;
   auto fetch = [&](int s) {
     const int steps = s < end ? walk.macro_columns - ahead.J : 0;
-    base.fetch(smem, (s - begin) % kBuffers, mine, ahead.first_entry(walk), steps);
+    base.fetch(smem, (s - begin) % kBuffers, mine, to_block + ahead.first_entry(walk), steps);
     ahead.advance(walk);
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
+  base.fill(smem);
+  wait_for_previous();
   fetch(begin);
   fetch(begin + 1);
 
@@ -112,29 +117,33 @@ __global__ void __launch_bounds__(kBuildThreads, kMixtureBlocks)
       for (int half = 0; half < 2; ++half) {
         const int J = s.J + 8 * half + group;
         a[half][i] = 0.f;
-        if (J >= walk.macro_columns) continue;
+        if (J >= walk.macro_columns || t + 4 * i >= comps.r) continue;
         const Component& c = comps.c[t + 4 * i];
         if (kIdentity && c.identity == Identity::kA)
-          a[half][i] = (s.I * walk.period_n + s.p) / c.mb == (J * walk.period_k + s.q + cell) / c.nb;
+          a[half][i] = (s.I * walk.period_n + p) / c.mb == (J * walk.period_k + q + cell) / c.nb;
         else
           a[half][i] = to_float(__ldg(f.A + (at + 8 * half * step.y)));
       }
     }
   };
-  auto load_operands = [&]() {
-    operands.load(f, comps, now.p, now.q + cell, row, column - cell);
-    load_a(now);
-  };
-  base.fill(smem);
   __syncthreads();
-  load_operands();
+  operands.load(f, comps, p, q + cell, row, column - cell);
+  load_a(now);
   base.finish_fetch(smem, 0, mine);
   fetch(begin + 2);
 
+  const StageOutput<T> output(smem + Base::kSharedBytes, walk, row, column, 2 * t);
+  Stage before = now;
   for (int s = begin; s < end; ++s) {
-    const int buffer = (s - begin) % kBuffers, parity = (s - begin) % 2;
+    const int buffer = (s - begin) % kBuffers, parity = (s - begin) % 2, to_send = (s - begin) % output.kBuffers;
     asm volatile("cp.async.wait_group 2;" ::: "memory");
-    __syncthreads();  // stage s is there, and nobody reads stage s - 1 any more
+    output.finish();
+    __syncthreads();  // stage s is there, and nobody reads stage s - 1 any more, whose results are all there
+    if (s > begin) output.send(map, (s - begin - 1) % output.kBuffers, before, walk, p, q);
+    if (output.kSends && output.kBuffers == 1) {
+      output.wait_until_read();
+      __syncthreads();
+    }
     base.finish_fetch(smem, parity ^ 1, mine);
     fetch(s + 3);
 
@@ -145,8 +154,8 @@ __global__ void __launch_bounds__(kBuildThreads, kMixtureBlocks)
       split(kShare > 2 ? a[half][2 % kShare] : 0.f, 0.f, right[half][1]);
     }
     Stage next = now;
-    const bool turn = next.advance(walk);
-    if (s + 1 < end && !turn) load_a(next);
+    next.advance(walk);
+    if (s + 1 < end) load_a(next);
     const int64_t to = to_lane + now.first_entry(walk);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -171,12 +180,19 @@ __global__ void __launch_bounds__(kBuildThreads, kMixtureBlocks)
 #pragma unroll
         for (int c = 0; c < 8; ++c) v[c] = sum[c / 2][c % 2 * 2 + e];
         base.add(entries[e], smem, v);
-        if (inside[e]) store8(out + to + (8 * half + e) * walk.period_k, v);
+        if (output.kSends)
+          output.put(to_send, half, e, v);
+        else if (inside[e])
+          store8(out + to + (8 * half + e) * walk.period_k, v);
       }
     }
+    before = now;
     now = next;
-    if (turn && s + 1 < end) load_operands();
   }
+  output.finish();
+  __syncthreads();
+  output.send(map, (end - begin - 1) % output.kBuffers, before, walk, p, q);
+  output.wait_until_read();
 }
 
 }  // namespace moka::cuda

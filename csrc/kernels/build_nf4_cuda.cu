@@ -78,8 +78,9 @@ __global__ void __launch_bounds__(kBuildThreads, kDequantizeBlocks)
   };
   const int64_t pitch = static_cast<int64_t>(gridDim.x) * kSteps * kStride;
   int64_t e = static_cast<int64_t>(blockIdx.x) * kSteps * kStride + threadIdx.x * 8;
-  load(e);
   base.fill(smem);
+  wait_for_previous();
+  load(e);
   __syncthreads();
   for (; e < numel; e += pitch) {
     Raw now[kSteps];
@@ -105,10 +106,9 @@ cudaError_t dequantize(const Nf4Base& base, bool vector, T* out, cudaStream_t st
   const cudaError_t error = resident_blocks(kDequantizeBlocks, &resident);
   if (error != cudaSuccess || numel == 0) return error;
   const int64_t pieces = ceil_div(numel, kBuildThreads * 32);
-  dequantize_kernel<T>
-      <<<static_cast<unsigned>(pieces < resident ? pieces : resident), kBuildThreads, Nf4Base::kTableBytes, stream>>>(
-          base, numel, out);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>(pieces < resident ? pieces : resident));
+  return launch_overlapping(dequantize_kernel<T>, grid, kBuildThreads, Nf4Base::kTableBytes, stream, can_overlap(),
+                            base, numel, out);
 }
 
 template <typename T>

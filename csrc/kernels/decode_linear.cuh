@@ -69,6 +69,23 @@ __device__ __forceinline__ void store_shared4(uint32_t at, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
 }
 
+// 16 bytes of x; past the L1 if need be.
+template <bool kPast>
+__device__ __forceinline__ uint4 load_global16(const void* from) {
+  uint4 v;
+  if (kPast)
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from)
+                 : "memory");
+  else
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from)
+                 : "memory");
+  return v;
+}
+
 // A chunk in shared memory: [rows] codes of 128 bytes, in units of 16 that are swizzled against bank conflicts, then
 // [rows] scales of 16 bytes: four of absmax, or four codes and the absmax2 that they share.
 template <int MT>
@@ -122,9 +139,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     decode_kernel(const T* x, int tokens, const __grid_constant__ Nf4Params w, int shift2, const T* bias,
                   const float* shares, int components, const int32_t* adapter, bool prefetch, T* y) {
   extern __shared__ __align__(128) uint8_t smem[];
-  constexpr int kRows = 16 * MT, kStride = 8 * NT + 1, kSlot = Slot<MT>::kBytes;
-  constexpr int kAheadX = NT > 1 ? 1 : 4;                                // blocks of x in registers
-  static_assert(kRows * kStride * 4 <= kSlot && kDecodeThreads == 256);  // a warp's sums; a thread per code2
+  constexpr int kRows = 16 * MT, kStride = NT > 1 ? 21 : 9, kSlot = Slot<MT>::kBytes;
+  constexpr int kAheadX = NT > 1 ? 1 : 4;  // blocks of x in registers
+  // a warp's sums, in rows whose lengths spread what is written at once over the banks; a thread per code2
+  static_assert(kRows * kStride * 4 <= kSlot && kStride > 8 * NT && kDecodeThreads == 256);
   uint32_t table = shared_address(smem);
   asm("" : "+r"(table));  // opaque, or the compiler works it out again in every round
   const uint32_t code2 = table + kTableBytes;
@@ -140,25 +158,24 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   // The kernel in front may have written the weight. With a mixture that is the mixture's, which let this one start
   // only after everything in front of it had ended.
   if (!kMixture) wait_for_previous();
-  if (NT > 1) let_next_start();  // earlier than below is slower for few tokens, and faster for these
   const bool nested = w.absmax == nullptr;
   const float offset = nested ? __ldcg(w.offset) : 0.f;
   const float code = nested ? __ldcg(w.code2 + threadIdx.x) : 0.f;  // before the many loads that follow
 
-  x += static_cast<int64_t>(token0 + g) * K + quad * 16;
+  const T* from[NT];  // the lane's part of x in the chunk that is loaded next
+#pragma unroll
+  for (int t = 0; t < NT; ++t) from[t] = x + static_cast<int64_t>(token0 + t * 8 + g) * K + quad * 16 + warp * kChunk;
   uint4 xs[kAheadX][NT][2] = {};
-  const auto load_x = [&](int i, int column) {
+  const auto load_x = [&](int i, int block) {
 #pragma unroll
     for (int t = 0; t < NT; ++t)
-      if (t * 8 + g < count) {
-        const uint4* p = reinterpret_cast<const uint4*>(x + (t * 8 * K + column));
+      if (t * 8 + g < count)
 #pragma unroll
-        for (int j = 0; j < 2; ++j) xs[i][t][j] = kMixture ? __ldcg(p + j) : p[j];
-      }
+        for (int j = 0; j < 2; ++j) xs[i][t][j] = load_global16<kMixture>(from[t] + block * kBlock + j * 8);
   };
   if (warp < chunks)
 #pragma unroll
-    for (int i = 0; i < kAheadX; ++i) load_x(i, warp * kChunk + i * kBlock);
+    for (int i = 0; i < kAheadX; ++i) load_x(i, i);
 
   // this warp's chunks, tile after tile: the next to fetch
   int ahead_tile = blockIdx.x, ahead = warp, slot = 0;
@@ -173,7 +190,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   for (int i = 0; i < kStages; ++i) fetch(i);
   store_shared4(code2 + threadIdx.x * 4, code);
   __syncthreads();
-  if (NT == 1) let_next_start();
+  let_next_start();  // earlier, the next launch's loads are in the way of these
 
   const uint32_t table_lane = table + lane * 4;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -183,6 +200,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       __syncwarp();
       const uint32_t now = slots + (slot * kWarps + warp) * kSlot;
       const int chunk = step * kWarps + warp, next = chunk + kWarps < chunks ? chunk + kWarps : warp;
+      const bool more = next > chunk || tile + static_cast<int>(gridDim.x) < tiles;
       if (chunk < chunks) {
         if (nested) {
           Slot<MT>::unnest(now, code2, offset);
@@ -235,7 +253,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
               }
           }
           const int then = b + kAheadX;  // past this chunk, the block of the next one
-          load_x(b % kAheadX, (then < 4 ? chunk : next) * kChunk + then % 4 * kBlock);
+          if (then == 4)
+#pragma unroll
+            for (int t = 0; t < NT; ++t) {
+              from[t] += (next - chunk) * kChunk;
+              asm("" : "+l"(from[t]));  // opaque, or the compiler works it out again for every load
+            }
+          if (NT > 1 || then < 4 || more) load_x(b % kAheadX, then % 4);
         }
       }
       __syncwarp();
