@@ -5,6 +5,7 @@ import gc
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_side_stream():
         train_step(layer, torch.full_like(x, torch.nan), dy)  # meanwhile, in temporary memory of its own
         torch.cuda.synchronize()
         assert equal(got, want)
+
+
+def test_new_thread():
+    """A thread without a context, as autograd starts them; memory comes from what the allocator holds."""
+    layer = make_layer("square")
+    call = lambda: layer.weight.dequantize(torch.bfloat16, layer.mixture)  # noqa: E731
+    want = call().clone()
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(call).result(), want)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -133,7 +133,8 @@ cudaError_t build(Base base, bool vector_base, int64_t N, int64_t K, const Mixtu
       using Output = StageOutput<T>;
       const bool sends = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
       CUtensorMap map = {};
-      if (sends && !Output::encode(&map, out, N, walk)) return cudaErrorNotSupported;
+      if (sends && !Output::encode(&map, out, N, walk))
+        return encode_tiled() ? cudaErrorInvalidValue : cudaErrorNotSupported;
       const int kBytes = Base::kSharedBytes + (sends ? Output::kBytes : 0);
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
       if (error != cudaSuccess) return error;

@@ -29,10 +29,7 @@ struct StageOutput {
     const cuuint64_t size[4] = {kEntries, u64(walk.macro_columns), u64(N), u64(walk.period_k / kEntries)};
     const cuuint64_t stride[3] = {u64(walk.period_k) * sizeof(T), u64(walk.K) * sizeof(T), kLine};
     const cuuint32_t box[4] = {kEntries, kStageSteps, u32(walk.rows()), u32(walk.columns() / kEntries)};
-    const cuuint32_t step[4] = {1, 1, 1, 1};
-    return encode_tiled() && encode_tiled()(map, kType, 4, out, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                            CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return encode_map<4>(map, out, kType, size, stride, box);
   }
 
   uint32_t buffers, mine;  // in shared memory; from there to this lane's first octet

@@ -75,10 +75,7 @@ bool encode(CUtensorMap* map, const void* base, int64_t M, int rows, int columns
                               static_cast<cuuint64_t>(M)};
   const cuuint64_t stride[2] = {size[0] * 2, size[0] * size[1] * 2};
   const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(tokens)};
-  const cuuint32_t step[3] = {1, 1, 1};
-  return encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(base), size, stride, box, step,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode_map<3>(map, base, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, size, stride, box);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Tensor maps for the bulk tensor copies of sm90.cuh: two-dimensional, rows contiguous, boxes 128 bytes wide.
+// Tensor maps for bulk tensor copies.
 #pragma once
 
 #include <cuda.h>
@@ -23,20 +23,26 @@ inline EncodeTiled encode_tiled() {
   return fn;
 }
 
-// [rows, columns] in boxes of box_rows x box_bytes: 128 or 64 in the swizzle of that width, or 16; rows beyond the end
-// read as zeros.
+// `size`, innermost first, and `box` in elements, `stride` in bytes, of all dimensions but the innermost. A box's rows
+// are 128 bytes, of which units of 16 are swizzled; what lies outside reads as zeros.
+template <int kDims>
+bool encode_map(CUtensorMap* map, const void* base, CUtensorMapDataType type, const cuuint64_t (&size)[kDims],
+                const cuuint64_t (&stride)[kDims - 1], const cuuint32_t (&box)[kDims]) {
+  cuuint32_t step[kDims];
+  for (cuuint32_t& s : step) s = 1;
+  int device = 0;  // the driver needs a context, which a thread that has launched nothing, as one of autograd's, lacks
+  return encode_tiled() && cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess &&
+         encode_tiled()(map, type, kDims, const_cast<void*>(base), size, stride, box, step,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// [rows, columns] in boxes of box_rows x 128 bytes.
 inline bool encode_rows(CUtensorMap* map, const void* base, CUtensorMapDataType type, int size, int64_t rows,
-                        int64_t columns, int box_rows, int box_bytes = 128) {
-  const cuuint64_t shape[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * size};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes / size), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t step[2] = {1, 1};
-  const auto swizzle = box_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                       : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                         : CU_TENSOR_MAP_SWIZZLE_NONE;
-  return encode_tiled() &&
-         encode_tiled()(map, type, 2, const_cast<void*>(base), shape, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                        int64_t columns, int box_rows) {
+  const auto width = static_cast<cuuint64_t>(columns);
+  return encode_map<2>(map, base, type, {width, static_cast<cuuint64_t>(rows)}, {width * size},
+                       {static_cast<cuuint32_t>(128 / size), static_cast<cuuint32_t>(box_rows)});
 }
 
 }  // namespace moka::cuda
