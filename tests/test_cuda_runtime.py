@@ -73,10 +73,10 @@ def test_side_stream():
 def test_new_thread():
     """A thread without a context, as autograd starts them; memory comes from what the allocator holds."""
     layer = make_layer("square")
-    call = lambda: layer.weight.dequantize(torch.bfloat16, layer.mixture)  # noqa: E731
-    want = call().clone()
+    args = (*layer.weight.op_args(), torch.bfloat16, *layer.mixture)
+    want = ops.nf4_dequantize(*args).clone()
     with ThreadPoolExecutor(1) as pool:
-        assert torch.equal(pool.submit(call).result(), want)
+        assert torch.equal(pool.submit(ops.nf4_dequantize, *args).result(), want)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
