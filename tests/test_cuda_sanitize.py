@@ -133,8 +133,8 @@ CASES = {
     **{f"rows {args}": (rows, *args) for args in ((5, 48), (40, 128))},
     **{f"lora {rank} {d}": (lora, rank, d) for rank in (3, 24) for d in (BF16, torch.float32)},
     **{f"lora gradients {args}": (lora_grad, *args) for args in ((513, 264, 8), (800, 16648, 16))},
-    # in bf16: initcheck sees nothing of bulk tensor copies, neither those that store the dense mixture nor those of
-    # cuBLAS that read it; what fp32 products read it would report
+    # in bf16: initcheck sees nothing of bulk tensor copies, neither those that store the dense mixture nor
+    # cuBLAS' that read it; what fp32 products read it would report
     "mix": (mix, BF16),
     # in fp32: nor does it see what cuBLAS' 16-bit kernels store
     **{f"gradients {name}": (gradients, MIXTURES[name], torch.float32) for name in MIXTURES},
