@@ -169,9 +169,9 @@ inline Nf4Base nf4_base(const Nf4Params& w) {
 
 template <typename T>
 struct DenseBase {
-  const T* w;                                                    // null: zero
-  static constexpr int kMixtureBlocks = sizeof(T) == 2 ? 2 : 1;  // two would spill registers
+  static constexpr int kMixtureBlocks = sizeof(T) == 2 ? 2 : 1;  // two of 4-byte results would spill registers
   static constexpr int kSharedBytes = 0;
+  const T* w;  // null: zero
 
   __device__ void fill(uint8_t*) const {}
   struct Lane {};

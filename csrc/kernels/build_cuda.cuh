@@ -81,7 +81,9 @@ inline bool has_identity(const KronParams& p) {
 inline bool plan_walk(const KronParams& p, Walk* walk) {
   if (p.r > kMaxPeriodic) return false;
   for (int shift = 2; shift >= 0; --shift) {  // the widest cells that lie in one entry of every A_i
-    *walk = {static_cast<int>(p.K), 0, 0, 0, 0, shift, 0, 0, 0, 0, 1};
+    *walk = {};
+    walk->K = static_cast<int>(p.K);
+    walk->shift = shift;
     bool cells = true;
     for (int64_t i = 0; i < p.r; ++i)
       cells = cells && p.components[i].nb % (8 << shift) == 0 && p.components[i].mb % (8 >> shift) == 0;
@@ -131,17 +133,16 @@ cudaError_t build(Base base, bool vector_base, int64_t N, int64_t K, const Mixtu
                      : mix.shapes.r <= 4      ? mixture_kernel<T, TF, 1, false, Base>
                                               : mixture_kernel<T, TF, 3, false, Base>;
       using Output = StageOutput<T>;
-      const bool sends = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+      const bool hopper = can_overlap();  // which brought bulk tensor copies too
       CUtensorMap map = {};
-      if (sends && !Output::encode(&map, out, N, walk))
+      if (hopper && !Output::encode(&map, out, N, walk))
         return encode_tiled() ? cudaErrorInvalidValue : cudaErrorNotSupported;
-      const int kBytes = Base::kSharedBytes + (sends ? Output::kBytes : 0);
+      const int kBytes = Base::kSharedBytes + (hopper ? Output::kBytes : 0);
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
       if (error != cudaSuccess) return error;
       walk.parts = choose_parts(walk, resident);
-      return launch_overlapping(kernel, dim3(walk.blocks * walk.parts), kBuildThreads, kBytes, stream, can_overlap(),
-                                base, f, by_value(mix.shapes, walk.period_n, walk.period_k, kMaxPeriodic), walk, out,
-                                map);
+      return launch_overlapping(kernel, dim3(walk.blocks * walk.parts), kBuildThreads, kBytes, stream, hopper, base, f,
+                                by_value(mix.shapes, walk.period_n, walk.period_k, kMaxPeriodic), walk, out, map);
     }
   const int64_t blocks = ceil_div(numel, kBuildThreads);
   build_generic_kernel<T, TF, Base>

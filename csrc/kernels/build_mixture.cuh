@@ -15,12 +15,6 @@ namespace moka::cuda {
 
 constexpr int kMaxPeriodic = 12;  // components
 
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  uint32_t out;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-  return out;
-}
-
 // low and high, as sums of bf16 pairs.
 template <int kParts>
 __device__ __forceinline__ void split(float low, float high, uint32_t (&parts)[kParts]) {

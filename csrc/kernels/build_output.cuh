@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "build_base.cuh"
+#include "sm90.cuh"
 #include "tensor_map.h"
 
 namespace moka::cuda {
@@ -60,7 +61,7 @@ struct StageOutput {
   static constexpr bool kSends = true;
   // All threads, between what they put and the barrier in front of send().
   static __device__ __forceinline__ void finish() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    proxy_fence();
     wait_until_read();
   }
   static __device__ __forceinline__ void wait_until_read() {

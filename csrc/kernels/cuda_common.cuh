@@ -55,6 +55,12 @@ __device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+// Two numbers rounded to bf16, the first in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
 static __constant__ float kNf4[16] = {MOKA_NF4_CODE};
 
 // Undoes double quantization with two roundings, as bitsandbytes does.

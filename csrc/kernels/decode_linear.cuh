@@ -69,7 +69,7 @@ __device__ __forceinline__ void store_shared4(uint32_t at, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
 }
 
-// 16 bytes of x; past the L1 if need be.
+// 16 bytes of x, past the L1 if need be; for pointers of which the compiler does not know that they are global.
 template <bool kPast>
 __device__ __forceinline__ uint4 load_global16(const void* from) {
   uint4 v;
@@ -259,6 +259,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
               from[t] += (next - chunk) * kChunk;
               asm("" : "+l"(from[t]));  // opaque, or the compiler works it out again for every load
             }
+          // for more than 8 tokens the test would spill a register, for a load or two
           if (NT > 1 || then < 4 || more) load_x(b % kAheadX, then % 4);
         }
       }

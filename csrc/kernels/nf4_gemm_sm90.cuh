@@ -67,9 +67,7 @@ template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);
 template <>
 __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float first, float second) {
-  uint32_t v;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(second), "f"(first));
-  return v;
+  return pack_bf16(first, second);
 }
 template <>
 __device__ __forceinline__ uint32_t pack<__half>(float first, float second) {

@@ -11,6 +11,11 @@
 
 namespace moka::cuda {
 
+#if __CUDA_ARCH__ >= 900
+// Makes ordinary shared-memory stores visible to wgmma and the copy engine.
+__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
+
 #ifdef MOKA_SM90
 
 __device__ __forceinline__ void barrier_init(uint64_t* bar, int count) {
@@ -71,9 +76,6 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kInFlight) : "memory");
 }
 
-// Makes ordinary shared-memory stores visible to wgmma and the copy engine.
-__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -90,12 +92,6 @@ __device__ __forceinline__ void set_registers_up() {
 template <int kCount>
 __device__ __forceinline__ void set_registers_down() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-
-// Two numbers rounded to bf16, the first in the low half.
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
 }
 
 // Rounds a warp's part of an accumulator, 16 x 16, to bf16 and stores it; lane i gives the address of the 16 bytes of
