@@ -154,6 +154,23 @@ struct Nf4Base {
   __device__ void add(const Entries& entries, const uint8_t* smem, float (&v)[8]) const {
     decode(entries.codes, entries.scale, smem, v);
   }
+  // build_any_kernel: four or two entries, of whole bytes in one block, or one entry. Blocksizes are powers of two.
+  template <int kColumns>
+  __device__ void add_columns(int64_t e, const uint8_t* table, float (&v)[kColumns]) const {
+    const float2* mine = reinterpret_cast<const float2*>(table) + threadIdx.x % kCopies;
+    const float block_scale = scale(load_scale(e >> block_shift));
+    if constexpr (kColumns == 1) {
+      const float2 pair = mine[__ldg(w.packed + e / 2) * kCopies];
+      v[0] = fmaf(e % 2 ? pair.y : pair.x, block_scale, v[0]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kColumns; i += 2) {
+        const float2 pair = mine[__ldg(w.packed + (e + i) / 2) * kCopies];
+        v[i] = fmaf(pair.x, block_scale, v[i]);
+        v[i + 1] = fmaf(pair.y, block_scale, v[i + 1]);
+      }
+    }
+  }
   __device__ float at(int64_t e) const {
     const int byte = w.packed[e / 2];
     return __fmul_rn(kNf4[e % 2 ? byte & 15 : byte >> 4], block_scale(w, e / w.blocksize));
@@ -170,7 +187,7 @@ inline Nf4Base nf4_base(const Nf4Params& w) {
 template <typename T>
 struct DenseBase {
   static constexpr int kMixtureBlocks = sizeof(T) == 2 ? 2 : 1;  // two of 4-byte results would spill registers
-  static constexpr int kSharedBytes = 0;
+  static constexpr int kTableBytes = 0, kSharedBytes = 0;
   const T* w;  // null: zero
 
   __device__ void fill(uint8_t*) const {}
@@ -192,6 +209,11 @@ struct DenseBase {
   __device__ void add(const Entries& entries, const uint8_t*, float (&v)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] += to_float(entries.v[i]);
+  }
+  template <int kColumns>
+  __device__ void add_columns(int64_t e, const uint8_t*, float (&v)[kColumns]) const {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) v[i] += at(e + i);
   }
   __device__ float at(int64_t e) const { return w ? to_float(w[e]) : 0.f; }
 };

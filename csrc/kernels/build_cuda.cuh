@@ -1,29 +1,10 @@
 // The kernels behind build_cuda.h, included by one source file per kind of base.
 #pragma once
 
+#include "build_any.cuh"
 #include "build_mixture.cuh"
 
 namespace moka::cuda {
-
-// Any shape, any alignment: one entry per thread.
-template <typename T, typename TF, class Base>
-__global__ void __launch_bounds__(kBuildThreads)
-    build_generic_kernel(Base base, Factors<TF> f, const __grid_constant__ Components comps, int64_t numel, int K,
-                         T* out) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kBuildThreads;
-  for (int64_t e = static_cast<int64_t>(blockIdx.x) * kBuildThreads + threadIdx.x; e < numel; e += step) {
-    const int n = static_cast<int>(e / K), k = static_cast<int>(e % K);
-    float sum = 0.f;
-    for (int i = 0; i < comps.r; ++i) {
-      const Component& s = comps.c[i];
-      const int ia = n / s.mb, ib = n % s.mb, ja = k / s.nb, jb = k % s.nb;
-      const float a = s.identity == Identity::kA ? float(ia == ja) : to_float(f.A[s.a_offset + ia * s.na + ja]);
-      const float b = s.identity == Identity::kB ? float(ib == jb) : to_float(f.B[s.b_offset + ib * s.nb + jb]);
-      sum += f.alpha[i] * b * a;
-    }
-    out[e] = from_acc<T>(base.at(e) + sum);
-  }
-}
 
 // Periods of the shapes, multiples of n and k, and whether W has whole ones.
 struct Periods {
@@ -116,6 +97,31 @@ inline int choose_parts(const Walk& walk, int resident) {
 }
 
 template <typename T, typename TF, class Base>
+cudaError_t build_any(Base base, bool vector, const Factors<TF>& f, const MixtureArgs& mix, int N, int K, T* out,
+                      cudaStream_t stream) {
+  const auto neighbours = [&](int columns) {  // whether so many are of the same entries of all A's, and aligned
+    bool ok = K % columns == 0 && aligned(mix.B, columns * sizeof(TF)) && aligned(out, columns * sizeof(T));
+    for (int64_t i = 0; i < mix.shapes.r; ++i) {
+      const KronComponent& c = mix.shapes.components[i];
+      ok = ok && c.nb % columns == 0 && c.b_offset % columns == 0;
+    }
+    return ok;
+  };
+  const int columns = neighbours(4) ? 4 : neighbours(2) ? 2 : 1;
+  int resident = 0;
+  const cudaError_t error = resident_blocks(any_blocks(columns), &resident);
+  if (error != cudaSuccess) return error;
+  const int64_t across = ceil_div(K, kBuildThreads * columns), tiles = ceil_div(N, kAnyRows);
+  const int64_t down = resident < across ? 1 : resident / across;
+  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down < tiles ? down : tiles));
+  auto* kernel = columns == 4   ? build_any_kernel<T, TF, 4, Base>
+                 : columns == 2 ? build_any_kernel<T, TF, 2, Base>
+                                : build_any_kernel<T, TF, 1, Base>;
+  return launch_overlapping(kernel, grid, kBuildThreads, Base::kTableBytes, stream, can_overlap(), base, f,
+                            by_value(mix.shapes), N, K, vector, out);
+}
+
+template <typename T, typename TF, class Base>
 cudaError_t build(Base base, bool vector_base, int64_t N, int64_t K, const MixtureArgs& mix, T* out,
                   cudaStream_t stream) {
   const int64_t numel = N * K;
@@ -144,11 +150,7 @@ cudaError_t build(Base base, bool vector_base, int64_t N, int64_t K, const Mixtu
       return launch_overlapping(kernel, dim3(walk.blocks * walk.parts), kBuildThreads, kBytes, stream, hopper, base, f,
                                 by_value(mix.shapes, walk.period_n, walk.period_k, kMaxPeriodic), walk, out, map);
     }
-  const int64_t blocks = ceil_div(numel, kBuildThreads);
-  build_generic_kernel<T, TF, Base>
-      <<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), kBuildThreads, 0, stream>>>(
-          base, f, by_value(mix.shapes), numel, static_cast<int>(K), out);
-  return cudaGetLastError();
+  return build_any<T, TF>(base, vector_base, f, mix, static_cast<int>(N), static_cast<int>(K), out, stream);
 }
 
 }  // namespace moka::cuda

@@ -117,9 +117,12 @@ cudaError_t from_nf4(const Nf4Params& w, const MixtureArgs& mix, void* out, cuda
   const bool vector = w.blocksize >= 32 && int64_t{1} << base.block_shift == w.blocksize && aligned(w.packed, 16) &&
                       (w.absmax || int64_t{1} << base.block2_shift == w.blocksize2);
   if (mix.shapes.r == 0) return dequantize(base, vector, static_cast<T*>(out), stream);
-  if constexpr (sizeof(T) > 4) return cudaErrorInvalidValue;  // fp64 mixtures are the operators' business
-  if (mix.factor_dtype != Dtype::kF32) return build<T, T>(base, vector, w.N, w.K, mix, static_cast<T*>(out), stream);
-  return build<T, float>(base, vector, w.N, w.K, mix, static_cast<T*>(out), stream);
+  if constexpr (sizeof(T) > 4)
+    return cudaErrorInvalidValue;  // fp64 mixtures are the operators' business
+  else if (mix.factor_dtype != Dtype::kF32)
+    return build<T, T>(base, vector, w.N, w.K, mix, static_cast<T*>(out), stream);
+  else
+    return build<T, float>(base, vector, w.N, w.K, mix, static_cast<T*>(out), stream);
 }
 
 }  // namespace

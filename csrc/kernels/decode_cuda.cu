@@ -69,13 +69,25 @@ cudaError_t launch(const DecodeArgs& d, void (*kernel)(Params...), dim3 grid, in
   return launch_overlapping(kernel, grid, threads, bytes, d.stream, d.overlapping, args...);
 }
 
+// Whether mixture_kernel may load factors and x by vectors.
+bool is_vector(const MixtureArgs& mix) {
+  const int entries = mix.factor_dtype == Dtype::kF32 ? 4 : 8;  // in 16 bytes
+  bool ok = aligned(mix.A, 16) && aligned(mix.B, 16) && mix.a_stride % entries == 0 && mix.b_stride % entries == 0;
+  for (int64_t i = 0; i < mix.shapes.r; ++i) {
+    const KronComponent& c = mix.shapes.components[i];
+    ok = ok && c.na % entries == 0 && c.nb % entries == 0 && c.a_offset % entries == 0 && c.b_offset % entries == 0;
+  }
+  return ok;
+}
+
 template <typename T, typename TF, int kTokens>
 cudaError_t launch_mixture(const DecodeArgs& d) {
   const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
   const Adapters adapters = {d.mix.adapter, d.mix.a_stride, d.mix.b_stride};
   const int fetchers = d.prefetches(d.w.N) ? kPrefetchBlocks : 0;
   const dim3 grid(static_cast<unsigned>(fetchers + d.plan.blocks * ceil_div(d.tokens, kTokens)));
-  return launch(d, mixture_kernel<T, TF, kTokens>, grid, kMixtureThreads, mixture_bytes(d.plan, sizeof(TF), kTokens),
+  auto* kernel = is_vector(d.mix) ? mixture_kernel<T, TF, kTokens, true> : mixture_kernel<T, TF, kTokens, false>;
+  return launch(d, kernel, grid, kMixtureThreads, mixture_bytes(d.plan, sizeof(TF), kTokens),
                 static_cast<const T*>(d.x), d.tokens, f, adapters, d.plan, d.w, d.shift2, fetchers, d.shares);
 }
 
@@ -118,17 +130,9 @@ bool decode_supports(const Nf4Params& w) {
 
 bool decode_supports(const MixtureArgs& mix) {
   const KronParams& p = mix.shapes;
-  if (p.r > kMaxDecodeComponents || !aligned(mix.A, 16) || !aligned(mix.B, 16)) return false;
-  const MixturePlan plan = plan_mixture(p);
-  const int vector = mix.factor_dtype == Dtype::kF32 ? 4 : 8;  // entries in 16 bytes
-  bool ok = true;
-  for (int i = 0; i < plan.r; ++i) {
-    const KronComponent& c = p.components[i];
-    ok = ok && c.na % vector == 0 && c.nb % vector == 0 && c.a_offset % vector == 0 && c.b_offset % vector == 0;
-  }
-  ok = ok && mix.a_stride % vector == 0 && mix.b_stride % vector == 0;
-  return ok && p.K < (1 << 20) &&
-         mixture_bytes(plan, 16 / vector, 1) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (p.r > kMaxDecodeComponents || p.K >= 1 << 20) return false;
+  const int entry = mix.factor_dtype == Dtype::kF32 ? 4 : 2;
+  return mixture_bytes(plan_mixture(p), entry, 1) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixture.r * mixture.N * tokens; }

@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "cuda_common.cuh"
+#include "decode_operands.cuh"
 
 namespace moka::cuda {
 
@@ -95,82 +95,6 @@ inline MixturePlan plan_mixture(const KronParams& p) {
   return plan;
 }
 
-// Four consecutive factor entries.
-__device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
-template <typename T>
-__device__ __forceinline__ float4 load4(const T* p) {
-  union {
-    uint2 u;
-    T t[4];
-  } x;
-  x.u = *reinterpret_cast<const uint2*>(p);
-  return make_float4(to_float(x.t[0]), to_float(x.t[1]), to_float(x.t[2]), to_float(x.t[3]));
-}
-
-__device__ __forceinline__ uint32_t tf32(float v) {
-  uint32_t r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
-  return r;
-}
-
-// d += a b for 16 rows, 16 terms and 8 columns. A lane holds four neighbouring terms of rows g and g + 8 of a, and
-// of column g of b; which terms those are, the product need not know.
-__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint4& low, const uint4& high, const uint4& b) {
-  const auto step = [&](uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  };
-  step(low.x, high.x, low.y, high.y, b.x, b.y);
-  step(low.z, high.z, low.w, high.w, b.z, b.w);
-}
-__device__ __forceinline__ uint4 tf32(float4 v) { return make_uint4(tf32(v.x), tf32(v.y), tf32(v.z), tf32(v.w)); }
-
-// Four neighbouring terms of two rows of a factor that are eight apart.
-struct Rows {
-  float4 low, high;
-
-  template <typename TF>
-  __device__ __forceinline__ void load(const TF* row, int64_t eight_rows, bool low_here, bool high_here) {
-    low = high = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (low_here) low = load4(row);
-    if (high_here) high = load4(row + eight_rows);
-  }
-};
-
-// Four entries to shared memory, or zeros.
-template <typename T>
-__device__ __forceinline__ void copy4_async(void* to, const T* from, bool here) {
-  constexpr int kBytes = 4 * sizeof(T);
-  const uint32_t at = shared_address(to);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes), "r"(here ? kBytes : 0)
-               : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// Two neighbouring columns of X, four terms each: with A first four pairs of columns, else of terms.
-template <typename T>
-struct Columns {
-  uint32_t pair[4];
-
-  __device__ __forceinline__ void load(const T* x, const int64_t (&step)[3], bool here) {
-    pair[0] = here ? *reinterpret_cast<const uint32_t*>(x) : 0;
-#pragma unroll
-    for (int i = 1; i < 4; ++i) pair[i] = here ? *reinterpret_cast<const uint32_t*>(x + step[i - 1]) : 0;
-  }
-  // Column 0 or 1 in tf32, which holds a T exactly.
-  __device__ __forceinline__ uint4 column(bool a_first, int which) const {
-    const uint32_t select = which ? 0x7632 : 0x5410;  // of two words, the upper halves or the lower ones
-    const uint32_t first = a_first ? __byte_perm(pair[0], pair[1], select) : pair[2 * which];
-    const uint32_t second = a_first ? __byte_perm(pair[2], pair[3], select) : pair[2 * which + 1];
-    const auto bits = [](uint32_t two, int i) {
-      const uint16_t half = static_cast<uint16_t>(two >> 16 * i);
-      return __float_as_uint(to_float(*reinterpret_cast<const T*>(&half)));
-    };
-    return make_uint4(bits(first, 0), bits(first, 1), bits(second, 0), bits(second, 1));
-  }
-};
-
 // Which token has which adapter: the factors of adapter i start i strides further, and its alphas i times r. A token
 // of a negative adapter has none. A null `of_token`: one adapter for all.
 struct Adapters {
@@ -178,9 +102,9 @@ struct Adapters {
   int64_t a_stride, b_stride;
 };
 
-// shares [r, tokens, N]. After `fetchers` thread blocks that only prefetch the weight, each names kTokens tokens, of
-// one adapter, a component and its slices.
-template <typename T, typename TF, int kTokens>
+// shares [r, tokens, N]. kVector: na, nb and where factors begin are multiples of 16 bytes. After `fetchers` thread
+// blocks that only prefetch the weight, each names kTokens tokens, of one adapter, a component and its slices.
+template <typename T, typename TF, int kTokens, bool kVector>
 __global__ void __launch_bounds__(kMixtureThreads, 2)
     mixture_kernel(const T* x, int tokens, Factors<TF> f, Adapters adapters, const __grid_constant__ MixturePlan plan,
                    const __grid_constant__ Nf4Params w, int shift2, int fetchers, float* shares) {
@@ -233,9 +157,10 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       if (j >= count) break;
-      const bool here = load_term < h.middle, low = here && load_row < h.rows, high = here && load_row + 8 < h.rows;
-      copy4_async(ahead + j * 2 * kPiece, low ? load : second, low);
-      copy4_async(ahead + (j * 2 + 1) * kPiece, high ? load + 8 * h.middle : second, high);
+      const int count = h.middle - load_term, low = load_row < h.rows ? count : 0;
+      const int high = load_row + 8 < h.rows ? count : 0;
+      copy4_async<kVector>(ahead + j * 2 * kPiece, low > 0 ? load : second, low);
+      copy4_async<kVector>(ahead + (j * 2 + 1) * kPiece, high > 0 ? load + 8 * h.middle : second, high);
       load_term += 16, load += 16;
       if (load_term < tiles * 16) continue;
       load_term -= tiles * 16, load_row += kWarps * 16;
@@ -252,23 +177,26 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
     int term = part * 16 + quad * 4;
     const TF* row = first + g * h.terms + term;
     const T* from = x + of * w.K + static_cast<int64_t>(term) * h.x_term + (column + 2 * g) * h.x_middle;
-    const bool inside = column + 2 * g < h.middle;
+    const int columns = h.middle - column - 2 * g;
     float even[4] = {}, odd[4] = {};
     for (int step = part; step < steps; step += 2 * parts) {
-      Rows a[2];
+      Rows<kVector> a[2];
       Columns<T> b[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const bool here = term < h.terms;
-        a[j].load(row, 8 * h.terms, here && g < slices, here && g + 8 < slices);
-        b[j].load(from, x_step, here && inside);
+        const int count = h.terms - term;
+        a[j].load(row, 8 * h.terms, count, g < slices, g + 8 < slices);
+        if (kVector)
+          b[j].load(from, x_step, count > 0 && columns > 0);
+        else
+          b[j].load(from, h.x_term, h.x_middle, count, columns);
         term += parts * 16, row += parts * 16, from += parts * 16 * h.x_term;
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const uint4 low = tf32(a[j].low), high = tf32(a[j].high);
-        mma_tf32(even, low, high, b[j].column(h.a_first, 0));
-        mma_tf32(odd, low, high, b[j].column(h.a_first, 1));
+        mma_tf32(even, low, high, b[j].column(!kVector || h.a_first, 0));
+        mma_tf32(odd, low, high, b[j].column(!kVector || h.a_first, 1));
       }
     }
     float4* to = reinterpret_cast<float4*>(v + ((of * parts + part) * kSlices + g) * stride + column + quad * 4);
@@ -289,8 +217,8 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
       }
     } else if (slice < slices && column < h.middle) {
       const T* from = x + of * w.K + (slice0 + slice) * h.x_term + column * h.x_middle;
-      sum = make_float4(to_float(from[0]), to_float(from[h.x_middle]), to_float(from[2 * h.x_middle]),
-                        to_float(from[3 * h.x_middle]));
+      const auto at = [&](int i) { return kVector || column + i < h.middle ? to_float(from[i * h.x_middle]) : 0.f; };
+      sum = make_float4(at(0), at(1), at(2), at(3));
     }
     sum = make_float4(alpha * sum.x, alpha * sum.y, alpha * sum.z, alpha * sum.w);
     *reinterpret_cast<uint4*>(to) = tf32(sum);

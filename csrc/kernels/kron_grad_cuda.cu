@@ -1,5 +1,5 @@
 // Contraction of G = dY^T X with the factors; see kron_grad_cuda.h. All sums have a fixed order.
-#include "build_cuda.cuh"
+#include "kron_grad_any.cuh"
 #include "kron_grad_cuda.h"
 
 namespace moka::cuda {
@@ -152,31 +152,6 @@ __global__ void contract_sum_kernel(const __grid_constant__ Components comps, in
   if (lane == 0 && e < count) (side_a ? raw_A + s.a_offset : raw_B + s.b_offset)[e] = sum;
 }
 
-// Any shape: one warp per entry of dA or dB.
-template <typename TF>
-__global__ void contract_generic_kernel(const float* G, Factors<TF> f, const __grid_constant__ Components comps, int K,
-                                        float* raw_A, float* raw_B) {
-  const int lane = threadIdx.x % kLanes, warps = gridDim.x * (blockDim.x / kLanes);
-  const Component& s = comps.c[blockIdx.y];
-  const bool side_a = blockIdx.z == 0;
-  if (s.identity == (side_a ? Identity::kA : Identity::kB)) return;
-  const int count = side_a ? s.ma * s.na : s.mb * s.nb, terms = side_a ? s.mb * s.nb : s.ma * s.na;
-  for (int e = blockIdx.x * (blockDim.x / kLanes) + threadIdx.x / kLanes; e < count; e += warps) {
-    float sum = 0;
-    for (int t = lane; t < terms; t += kLanes) {
-      const int ia = side_a ? e / s.na : t / s.na, ja = side_a ? e % s.na : t % s.na;
-      const int ib = side_a ? t / s.nb : e / s.nb, jb = side_a ? t % s.nb : e % s.nb;
-      const Identity other = side_a ? Identity::kB : Identity::kA;
-      const float w = s.identity == other ? float(side_a ? ib == jb : ia == ja)
-                                          : to_float(side_a ? f.B[s.b_offset + t] : f.A[s.a_offset + t]);
-      sum += w * G[static_cast<int64_t>(ia * s.mb + ib) * K + ja * s.nb + jb];
-    }
-#pragma unroll
-    for (int offset = kLanes / 2; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-    if (lane == 0) (side_a ? raw_A[s.a_offset + e] : raw_B[s.b_offset + e]) = sum;
-  }
-}
-
 constexpr int kFinishThreads = 1024;
 
 // One thread block per component.
@@ -251,10 +226,7 @@ cudaError_t contract(const float* G, const MixtureArgs& mix, float* scratch, flo
                                                   plan.splits, part, tiles, raw_A, raw_B);
     return cudaGetLastError();
   }
-  const int64_t blocks = ceil_div(largest_factor(p), 8);
-  const dim3 grid(static_cast<unsigned>(blocks < 65536 ? blocks : 65536), r, 2);
-  contract_generic_kernel<TF><<<grid, 256, 0, stream>>>(G, factors<TF>(mix), comps, K, raw_A, raw_B);
-  return cudaGetLastError();
+  return contract_any(G, factors<TF>(mix), p, scratch, raw_A, raw_B, stream);
 }
 
 template <typename TF>
@@ -270,7 +242,8 @@ cudaError_t finish(const float* raw_A, const float* raw_B, const MixtureArgs& mi
 
 int64_t contract_scratch(const KronParams& mixture) {
   const ContractPlan plan(mixture);
-  return plan.ok ? plan.part_floats + plan.tile_floats : 0;
+  const int64_t any = any_scratch(mixture), periodic = plan.ok ? plan.part_floats + plan.tile_floats : 0;
+  return any > periodic ? any : periodic;  // G and B decide by their alignment which is taken
 }
 
 cudaError_t launch_contract(const float* G, const MixtureArgs& mix, float* scratch, float* raw_A, float* raw_B,

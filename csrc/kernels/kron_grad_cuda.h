@@ -10,7 +10,7 @@
 
 namespace moka::cuda {
 
-// Floats of scratch that launch_contract needs; 0 when the shapes are not periodic enough and none is used.
+// Floats of scratch that launch_contract needs.
 int64_t contract_scratch(const KronParams& mixture);
 
 // raw_A, raw_B: the gradients before alpha, flat like A and B; G [N, K].
