@@ -198,7 +198,7 @@ def load_adapter(
         manifest, config = None, None
         if METADATA_KEY in header.metadata:
             manifest = Manifest.from_text(header.metadata[METADATA_KEY], where)
-            config = manifest.config
+            config = layout.with_stored_shapes(model, manifest.config, manifest)
         else:
             config = _peft_config(directory, where, header)
         existing = getattr(model, "moka_config", {}).get(adapter_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from .bases import weight_of
 from .config import MokaConfig
-from .errors import CheckpointMismatchError, ConfigError, StateError
+from .errors import CheckpointMismatchError, ConfigError, InjectionError, StateError
 from .gates import logit_shape
 from .layers import MokaLinear
 from .manifest import Manifest
 from .nf4 import NF4Weight
 from .safefile import TensorEntry
-from .targets import Target, find_modules_to_save, walk
+from .shapes import KronShape, explicit_shapes
+from .targets import Target, find_modules_to_save, find_targets, walk
 from .trained_copy import TrainedCopy
 
 PREFIX = "base_model.model."  # as in peft's files
@@ -217,6 +218,23 @@ def check_tied(where: str, tensors: dict[str, Tensor], config: MokaConfig, targe
                 f"{where}: {name} differs from that of another layer, but the configuration has "
                 f"tie={config.tie!r}; was the adapter trained after a copy that untied it?"
             )
+
+
+def with_stored_shapes(model: nn.Module, config: MokaConfig, manifest: Manifest) -> MokaConfig:
+    """The configuration of a file, with its components by layer where a rule chose others when it was saved."""
+    try:
+        targets = find_targets(model, config)
+    except (InjectionError, ConfigError):
+        return config  # reported when it is used
+    stored = {target.path: manifest.shapes.get(target.path, ()) for target in targets}
+    others = [target for target in targets if stored[target.path] != target.shapes]
+    by_rule = all(isinstance(config.shapes_for(target.path), str) for target in others)
+    fit = all(_size(stored[target.path]) == _size(target.shapes) for target in others)
+    return dataclasses.replace(config, shapes=explicit_shapes(stored)) if others and by_rule and fit else config
+
+
+def _size(shapes: Sequence[KronShape]) -> tuple[int, int] | None:
+    return (shapes[0].ma * shapes[0].mb, shapes[0].na * shapes[0].nb) if shapes else None
 
 
 def check_shapes(where: str, manifest: Manifest, targets: list[Target]) -> None:

@@ -24,6 +24,10 @@ from .shapes import KronShape, check_shape, divisors, is_prime
 ASPECTS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 #: What is left of r after full sets of five: from the most even shape outwards.
 ASPECTS_LEFT = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)
+#: Rows and columns after which all B's sides that are powers of two begin anew in a layer of such sizes: the GPU's
+#: fast kernels need that (`csrc/kernels/build_mixture.cuh`). So A takes the odd part of 3584 = 512 * 7.
+PERIOD = 128
+MOST_FOR_PERIOD = 1.1  # times the parameters of the nearest shapes
 MAX_R = 1024  # components
 RULE = re.compile(r"([a-z0-9_]+)(?:\((\d{1,9}(?:,\d{1,9})*)\))?")
 Shapes = tuple[KronShape, ...]
@@ -40,7 +44,8 @@ def plan_shapes(
     """The components of one layer.
 
     "balanced": five shapes of about `sqrt(N K)` entries per factor, in full sets of five; what is left of r
-    goes to the most even shapes first (`ASPECTS_LEFT`). "identity" (MoKA_s): one factor of each component is
+    goes to the most even shapes first (`ASPECTS_LEFT`). In layers of multiples of 128 the sides of B are powers
+    of two, which GPUs are fast with, unless that takes 10% more parameters. "identity" (MoKA_s): one factor of each component is
     an identity, alternately A and B, of different sizes, since components with equal identities would
     collapse into one.
 
@@ -99,20 +104,35 @@ def parse_rule(field: str, text: str) -> tuple[str, tuple[int, ...]]:
 
 def _balanced(N: int, K: int, r: int) -> Shapes:
     full, left = divmod(r, len(ASPECTS))
-    return tuple(_balanced_shape(N, K, aspect) for aspect in ASPECTS * full + ASPECTS_LEFT[:left])
+    aspects = ASPECTS * full + ASPECTS_LEFT[:left]
+    nearest = tuple(_balanced_shape(N, K, aspect) for aspect in aspects)
+    if N % PERIOD or K % PERIOD:
+        return nearest
+    periodic = tuple(_balanced_shape(N, K, aspect, True) for aspect in aspects)
+    return periodic if _numel(periodic) <= MOST_FOR_PERIOD * _numel(nearest) else nearest
 
 
 @lru_cache(maxsize=1024)
-def _balanced_shape(N: int, K: int, aspect: float) -> KronShape:
-    """The shape nearest to `ma*na = sqrt(N K)` and, with less weight, `ma/na = aspect sqrt(N/K)`, in logs."""
+def _balanced_shape(N: int, K: int, aspect: float, periodic: bool = False) -> KronShape:
+    """The shape nearest to `ma*na = sqrt(N K)` and, with less weight, `ma/na = aspect sqrt(N/K)`, in logs.
+
+    periodic: of those whose B has powers of two as sides.
+    """
     entries, ratio = math.sqrt(N * K), aspect * math.sqrt(N / K)
 
     def cost(sizes: tuple[int, int]) -> float:
         ma, na = sizes
         return math.log(ma * na / entries) ** 2 + 0.25 * math.log(ma / na / ratio) ** 2
 
-    ma, na = min(((ma, na) for ma in divisors(N) for na in divisors(K)), key=cost)
+    def sides(size: int) -> list[int]:
+        return [d for d in divisors(size) if not periodic or (size // d).bit_count() == 1]
+
+    ma, na = min(((ma, na) for ma in sides(N) for na in sides(K)), key=cost)
     return KronShape(ma, na, N // ma, K // na)
+
+
+def _numel(shapes: Shapes) -> int:
+    return sum(shape.a_numel + shape.b_numel for shape in shapes)
 
 
 def _identity_shapes(N: int, K: int, r: int) -> tuple[KronShape, ...]:

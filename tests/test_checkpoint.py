@@ -137,6 +137,21 @@ def test_another_model_is_named(tmp_path):
     )
 
 
+def test_components_that_a_rule_chose_otherwise_when_the_file_was_saved(tmp_path):
+    model = adapted(shapes=[[2, 8, 8, 2], [4, 4, 4, 4]], target_modules=["q"])
+    moka.save_adapter(model, tmp_path)
+
+    def by_rule(tensors, body):
+        body["config"].update(shapes="balanced", r=2)
+
+    rewrite(tmp_path, by_rule)
+    loaded = moka.load_adapter(base(), tmp_path)
+    assert same(loaded, state(model)) and loaded[1].q.shapes == model[1].q.shapes
+    moka.save_adapter(loaded, tmp_path / "again")
+    moka.load_adapter(loaded, tmp_path)  # into the adapter that is there
+    assert same(moka.load_adapter(base(), tmp_path / "again"), state(model))
+
+
 def test_other_components_of_equal_size(tmp_path):
     moka.save_adapter(adapted(shapes=[[4, 4, 4, 4]], target_modules=["q"]), tmp_path)
 

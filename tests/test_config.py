@@ -148,6 +148,20 @@ def test_balanced_shapes_are_the_papers():
     assert entries(plan_shapes(1024, 4096, 10)) == 40_960
 
 
+@pytest.mark.parametrize(
+    "N, K, more", [(3584, 3584, 1.01), (11008, 4096, 1.05), (13824, 5120, 1.001), (2560, 9728, 1.02)]
+)
+def test_sides_of_b_are_powers_of_two(N, K, more):
+    shapes = plan_shapes(N, K, 10)
+    assert all(size.bit_count() == 1 for s in shapes for size in (s.mb, s.nb))
+    assert len(set(shapes)) == 5 and entries(shapes) <= more * 20 * math.sqrt(N * K)
+
+
+def test_sides_of_b_are_powers_of_two_only_where_that_costs_little():
+    assert [s.mb for s in plan_shapes(576, 576, 5)] == [96, 48, 24, 12, 6]
+    assert [s.mb for s in plan_shapes(128 * 1187, 3584, 5)] == [1187, 1187, 128, 128, 128]
+
+
 def test_what_is_left_of_r_goes_to_even_shapes_first():
     assert [s.ma for s in plan_shapes(4096, 4096, 3)] == [64, 32, 128]
     assert [s.ma for s in plan_shapes(4096, 4096, 6)] == [16, 32, 64, 128, 256, 64]

@@ -157,10 +157,10 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       if (j >= count) break;
-      const int count = h.middle - load_term, low = load_row < h.rows ? count : 0;
-      const int high = load_row + 8 < h.rows ? count : 0;
-      copy4_async<kVector>(ahead + j * 2 * kPiece, low > 0 ? load : second, low);
-      copy4_async<kVector>(ahead + (j * 2 + 1) * kPiece, high > 0 ? load + 8 * h.middle : second, high);
+      const bool here = load_term < h.middle, low = here && load_row < h.rows, high = here && load_row + 8 < h.rows;
+      copy4_async<kVector>(ahead + j * 2 * kPiece, low ? load : second, low, h.middle - load_term);
+      copy4_async<kVector>(ahead + (j * 2 + 1) * kPiece, high ? load + 8 * h.middle : second, high,
+                           h.middle - load_term);
       load_term += 16, load += 16;
       if (load_term < tiles * 16) continue;
       load_term -= tiles * 16, load_row += kWarps * 16;
@@ -178,18 +178,19 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
     const TF* row = first + g * h.terms + term;
     const T* from = x + of * w.K + static_cast<int64_t>(term) * h.x_term + (column + 2 * g) * h.x_middle;
     const int columns = h.middle - column - 2 * g;
+    const bool inside = column + 2 * g < h.middle;
     float even[4] = {}, odd[4] = {};
     for (int step = part; step < steps; step += 2 * parts) {
       Rows<kVector> a[2];
       Columns<T> b[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int count = h.terms - term;
-        a[j].load(row, 8 * h.terms, count, g < slices, g + 8 < slices);
+        const bool here = term < h.terms;
+        a[j].load(row, 8 * h.terms, here && g < slices, here && g + 8 < slices, h.terms - term);
         if (kVector)
-          b[j].load(from, x_step, count > 0 && columns > 0);
+          b[j].load(from, x_step, here && inside);
         else
-          b[j].load(from, h.x_term, h.x_middle, count, columns);
+          b[j].load(from, h.x_term, h.x_middle, h.terms - term, columns);
         term += parts * 16, row += parts * 16, from += parts * 16 * h.x_term;
       }
 #pragma unroll

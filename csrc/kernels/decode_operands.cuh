@@ -43,17 +43,17 @@ __device__ __forceinline__ float4 load_some(const T* p, int count) {
                      count > 2 ? to_float(p[2]) : 0.f, count > 3 ? to_float(p[3]) : 0.f);
 }
 
-// Four neighbouring terms of two rows of a factor that are eight apart, as far as there are so many.
+// Four neighbouring terms of two rows of a factor that are eight apart, the first `count` of them.
 template <bool kVector>
 struct Rows {
   float4 low, high;
 
   template <typename TF>
-  __device__ __forceinline__ void load(const TF* row, int64_t eight_rows, int count, bool low_here, bool high_here) {
+  __device__ __forceinline__ void load(const TF* row, int64_t eight_rows, bool low_here, bool high_here, int count) {
     if (kVector) {
       low = high = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (low_here && count > 0) low = load4(row);
-      if (high_here && count > 0) high = load4(row + eight_rows);
+      if (low_here) low = load4(row);
+      if (high_here) high = load4(row + eight_rows);
     } else {
       low = load_some(row, low_here ? count : 0);
       high = load_some(row + eight_rows, high_here ? count : 0);
@@ -61,16 +61,15 @@ struct Rows {
   }
 };
 
-// The first `count` of four entries to shared memory, and zeros.
+// Four entries to shared memory, the first `count` of them if they are here, and zeros.
 template <bool kVector, typename T>
-__device__ __forceinline__ void copy4_async(T* to, const T* from, int count) {
+__device__ __forceinline__ void copy4_async(T* to, const T* from, bool here, int count) {
   if (!kVector) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = i < count ? from[i] : from_acc<T>(0.f);
+    for (int i = 0; i < 4; ++i) to[i] = here && i < count ? from[i] : from_acc<T>(0.f);
     return;
   }
   constexpr int kBytes = 4 * sizeof(T);
-  const bool here = count > 0;
   const uint32_t at = shared_address(to);
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes), "r"(here ? kBytes : 0)
                : "memory");
