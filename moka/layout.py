@@ -221,7 +221,7 @@ def check_tied(where: str, tensors: dict[str, Tensor], config: MokaConfig, targe
 
 
 def with_stored_shapes(model: nn.Module, config: MokaConfig, manifest: Manifest) -> MokaConfig:
-    """The configuration of a file, with its components by layer where a rule chose others when it was saved."""
+    """The configuration of a file; with its components by layer, where a rule chose others at the time."""
     try:
         targets = find_targets(model, config)
     except (InjectionError, ConfigError):
@@ -230,7 +230,9 @@ def with_stored_shapes(model: nn.Module, config: MokaConfig, manifest: Manifest)
     others = [target for target in targets if stored[target.path] != target.shapes]
     by_rule = all(isinstance(config.shapes_for(target.path), str) for target in others)
     fit = all(_size(stored[target.path]) == _size(target.shapes) for target in others)
-    return dataclasses.replace(config, shapes=explicit_shapes(stored)) if others and by_rule and fit else config
+    if not (others and by_rule and fit):
+        return config
+    return dataclasses.replace(config, shapes=explicit_shapes(stored))
 
 
 def _size(shapes: Sequence[KronShape]) -> tuple[int, int] | None:

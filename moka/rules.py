@@ -24,8 +24,8 @@ from .shapes import KronShape, check_shape, divisors, is_prime
 ASPECTS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 #: What is left of r after full sets of five: from the most even shape outwards.
 ASPECTS_LEFT = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)
-#: Rows and columns after which all B's sides that are powers of two begin anew in a layer of such sizes: the GPU's
-#: fast kernels need that (`csrc/kernels/build_mixture.cuh`). So A takes the odd part of 3584 = 512 * 7.
+#: In layers of multiples of it, the sides of B are powers of two: A takes the odd part of 3584 = 512 * 7. Then
+#: all B's begin anew together after few rows and columns, as the GPU's fast kernels need (build_mixture.cuh).
 PERIOD = 128
 MOST_FOR_PERIOD = 1.1  # times the parameters of the nearest shapes
 MAX_R = 1024  # components
@@ -44,10 +44,10 @@ def plan_shapes(
     """The components of one layer.
 
     "balanced": five shapes of about `sqrt(N K)` entries per factor, in full sets of five; what is left of r
-    goes to the most even shapes first (`ASPECTS_LEFT`). In layers of multiples of 128 the sides of B are powers
-    of two, which GPUs are fast with, unless that takes 10% more parameters. "identity" (MoKA_s): one factor of each component is
-    an identity, alternately A and B, of different sizes, since components with equal identities would
-    collapse into one.
+    goes to the most even shapes first (`ASPECTS_LEFT`). In layers of multiples of 128 the sides of B are
+    powers of two, which GPUs are fast with, unless that takes 10% more parameters. "identity" (MoKA_s): one
+    factor of each component is an identity, alternately A and B, of different sizes, since components with
+    equal identities would collapse into one.
 
     Args:
         N, K: output and input features.

@@ -18,7 +18,7 @@ ops = torch.ops.moka
 
 SQUARE = [(16, 256, 256, 16), (32, 128, 128, 32), (64, 64, 64, 64), (128, 32, 32, 128), (256, 16, 16, 256)]
 #: shapes of the fast kernels: periodic ones, one or two copies, identities, a row phase of eight; then shapes
-#: that take the kernels for any, in pairs of columns and one by one
+#: that take the kernels for any, by four columns and one by one
 PERIODIC = {
     "square": SQUARE * 2,
     "square_once": SQUARE,
@@ -27,7 +27,7 @@ PERIODIC = {
     "factor_seven": [(28, 32, 16, 16), (14, 16, 32, 32), (7, 32, 64, 16)],
     "low_rank": [(512, 1, 1, 256)] * 3,
     "identities": [(16, 16, 16, 32, 1), (16, 32, 16, 16, 2), (8, 16, 32, 32)],
-    "even": [(16, 14, 28, 128), (112, 128, 4, 14), (32, 32, 14, 56), (448, 448, 1, 4, 1)],
+    "even": [(16, 14, 28, 128), (112, 112, 4, 16), (32, 32, 14, 56), (448, 448, 1, 4, 1)],
     "odd": [(16, 7, 28, 256), (64, 256, 7, 7), (28, 28, 16, 64, 1), (64, 256, 7, 7, 2)],
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,12 +13,13 @@ from moka.rules import plan_shapes
 pytestmark = pytest.mark.cuda
 ops = torch.ops.moka
 
-#: two steps of every loop: periodic, more components than the smallest kernel takes, an identity, any shape
+#: two steps of every loop: periodic, more components than the smallest kernel takes, an identity, any shapes
 MIXTURES = {
     "periodic": [(4, 16, 32, 32), (8, 32, 16, 16)],
     "periodic, six": [(4, 16, 32, 32), (8, 32, 16, 16)] * 3,
     "identity": [(4, 16, 32, 32), (16, 16, 8, 32, 1)],
     "any shape": [(2, 256, 64, 2), (128, 2, 1, 256)],
+    "any shape, by four columns": [(16, 128, 8, 4), (4, 16, 32, 32)],
     "low rank": [(128, 1, 1, 512)] * 3,
 }
 #: layers whose planned shapes the Hopper gradient kernels know: a case of each family
@@ -58,8 +59,8 @@ def build(name, dtype):
     check(ops.kron_add(*on_gpu((base, *mixture))), base.double() + m.dense(), dtype)
 
 
-def linear(tokens, N, mixed):
-    shapes = [(4, 16, N // 4, 32), (N // 16, 32, 16, 16)]
+def linear(tokens, N, mixed, shapes=None):
+    shapes = shapes or [(4, 16, N // 4, 32), (N // 16, 32, 16, 16)]
     w, m = weight(shapes, double_quant=mixed)
     x, bias = torch.randn(tokens, m.K).to(BF16), torch.randn(N).to(BF16)
     mixture = (*m.params, m.flat_shapes) if mixed else (None, None, None, [])
@@ -130,6 +131,9 @@ CASES = {
     **{f"linear {args}": (linear, *args) for args in product((1, 9, 33, 70), (48, 128), (False, True))},
     # tall enough for thread blocks of several tiles, single ones and pairs
     **{f"linear {args}": (linear, *args) for args in ((5, 8464, False), (13, 8512, False), (6, 8512, True))},
+    **{
+        f"linear {args}": (linear, *args) for args in ((1, 48, True, 14), (9, 48, True, 14))
+    },  # factors one by one
     **{f"rows {args}": (rows, *args) for args in ((5, 48), (40, 128))},
     **{f"lora {rank} {d}": (lora, rank, d) for rank in (3, 24) for d in (BF16, torch.float32)},
     **{f"lora gradients {args}": (lora_grad, *args) for args in ((513, 264, 8), (800, 16648, 16))},

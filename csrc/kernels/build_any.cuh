@@ -1,4 +1,4 @@
-// The build kernel for any shapes and alignments: a thread goes down neighbouring columns of W.
+// The build kernel for any shapes and alignments: a thread goes down a column of W, or four neighbouring ones.
 //
 // Where in A_i and B_i a column lies is worked out once for sixteen rows. Down the rows, B_i's goes on by a row at a
 // time, and A_i's stays for mb of them; both loads are side by side for the threads of a warp.

@@ -154,7 +154,7 @@ struct Nf4Base {
   __device__ void add(const Entries& entries, const uint8_t* smem, float (&v)[8]) const {
     decode(entries.codes, entries.scale, smem, v);
   }
-  // build_any_kernel: four or two entries, of whole bytes in one block, or one entry. Blocksizes are powers of two.
+  // build_any_kernel: four entries, of whole bytes in one block, or one entry. Blocksizes are powers of two.
   template <int kColumns>
   __device__ void add_columns(int64_t e, const uint8_t* table, float (&v)[kColumns]) const {
     const float2* mine = reinterpret_cast<const float2*>(table) + threadIdx.x % kCopies;

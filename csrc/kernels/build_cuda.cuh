@@ -99,24 +99,20 @@ inline int choose_parts(const Walk& walk, int resident) {
 template <typename T, typename TF, class Base>
 cudaError_t build_any(Base base, bool vector, const Factors<TF>& f, const MixtureArgs& mix, int N, int K, T* out,
                       cudaStream_t stream) {
-  const auto neighbours = [&](int columns) {  // whether so many are of the same entries of all A's, and aligned
-    bool ok = K % columns == 0 && aligned(mix.B, columns * sizeof(TF)) && aligned(out, columns * sizeof(T));
-    for (int64_t i = 0; i < mix.shapes.r; ++i) {
-      const KronComponent& c = mix.shapes.components[i];
-      ok = ok && c.nb % columns == 0 && c.b_offset % columns == 0;
-    }
-    return ok;
-  };
-  const int columns = neighbours(4) ? 4 : neighbours(2) ? 2 : 1;
+  // four columns, where they are of the same entries of all A's, and aligned
+  bool four = K % 4 == 0 && aligned(mix.B, 4 * sizeof(TF)) && aligned(out, 4 * sizeof(T));
+  for (int64_t i = 0; i < mix.shapes.r; ++i) {
+    const KronComponent& c = mix.shapes.components[i];
+    four = four && c.nb % 4 == 0 && c.b_offset % 4 == 0;
+  }
+  const int columns = four ? 4 : 1;
   int resident = 0;
   const cudaError_t error = resident_blocks(any_blocks(columns), &resident);
   if (error != cudaSuccess) return error;
   const int64_t across = ceil_div(K, kBuildThreads * columns), tiles = ceil_div(N, kAnyRows);
   const int64_t down = resident < across ? 1 : resident / across;
   const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down < tiles ? down : tiles));
-  auto* kernel = columns == 4   ? build_any_kernel<T, TF, 4, Base>
-                 : columns == 2 ? build_any_kernel<T, TF, 2, Base>
-                                : build_any_kernel<T, TF, 1, Base>;
+  auto* kernel = four ? build_any_kernel<T, TF, 4, Base> : build_any_kernel<T, TF, 1, Base>;
   return launch_overlapping(kernel, grid, kBuildThreads, Base::kTableBytes, stream, can_overlap(), base, f,
                             by_value(mix.shapes), N, K, vector, out);
 }
