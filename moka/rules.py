@@ -24,7 +24,7 @@ from .shapes import KronShape, check_shape, divisors, is_prime
 ASPECTS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 #: What is left of r after full sets of five: from the most even shape outwards.
 ASPECTS_LEFT = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)
-#: In layers of multiples of it, the sides of B are powers of two: A takes the odd part of 3584 = 512 * 7. Then
+#: In layers of multiples of it, the sides of B are powers of two, and A takes the odd part of 3584 = 512 * 7:
 #: all B's begin anew together after few rows and columns, as the GPU's fast kernels need (build_mixture.cuh).
 PERIOD = 128
 MOST_FOR_PERIOD = 1.1  # times the parameters of the nearest shapes

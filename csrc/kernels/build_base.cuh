@@ -154,21 +154,17 @@ struct Nf4Base {
   __device__ void add(const Entries& entries, const uint8_t* smem, float (&v)[8]) const {
     decode(entries.codes, entries.scale, smem, v);
   }
-  // build_any_kernel: four entries, of whole bytes in one block, or one entry. Blocksizes are powers of two.
+  // build_any_kernel: four entries, of whole bytes in one block, or one entry, rounded as `at` rounds them. Blocksizes
+  // are powers of two.
   template <int kColumns>
   __device__ void add_columns(int64_t e, const uint8_t* table, float (&v)[kColumns]) const {
     const float2* mine = reinterpret_cast<const float2*>(table) + threadIdx.x % kCopies;
     const float block_scale = scale(load_scale(e >> block_shift));
-    if constexpr (kColumns == 1) {
-      const float2 pair = mine[__ldg(w.packed + e / 2) * kCopies];
-      v[0] = fmaf(e % 2 ? pair.y : pair.x, block_scale, v[0]);
-    } else {
 #pragma unroll
-      for (int i = 0; i < kColumns; i += 2) {
-        const float2 pair = mine[__ldg(w.packed + (e + i) / 2) * kCopies];
-        v[i] = fmaf(pair.x, block_scale, v[i]);
-        v[i + 1] = fmaf(pair.y, block_scale, v[i + 1]);
-      }
+    for (int i = 0; i < kColumns; i += 2) {
+      const float2 pair = mine[__ldg(w.packed + (e + i) / 2) * kCopies];
+      v[i] += __fmul_rn(kColumns == 1 && e % 2 ? pair.y : pair.x, block_scale);
+      if (kColumns > 1) v[(i + 1) % kColumns] += __fmul_rn(pair.y, block_scale);
     }
   }
   __device__ float at(int64_t e) const {

@@ -58,6 +58,17 @@ struct AnyContraction {
   }
 };
 
+// A sum of many terms by one thread, as exact as that of few: what a sum loses is added to the next term (Kahan).
+struct Sum {
+  float value = 0.f, lost = 0.f;
+
+  __device__ __forceinline__ void add(float a, float b = 1.f) {
+    const float term = fmaf(a, b, -lost), sum = value + term;
+    lost = (sum - value) - term;
+    value = sum;
+  }
+};
+
 template <typename TF>
 __global__ void __launch_bounds__(kAnyContractThreads, 4)
     contract_a_kernel(const float* G, Factors<TF> f, const __grid_constant__ Components comps,
@@ -71,16 +82,17 @@ __global__ void __launch_bounds__(kAnyContractThreads, 4)
   for (int e = blockIdx.x * (kAnyContractThreads / kLanes) + threadIdx.x / kLanes; e < s.ma * s.na; e += warps) {
     const int ia = e / s.na, ja = e - ia * s.na;
     const float* g = G + static_cast<int64_t>(ia) * s.mb * K + ja * s.nb;
-    float sum0 = 0.f, sum1 = 0.f;
+    Sum sums[2];
     for (int jb = lane % across; jb < s.nb; jb += across)
 #pragma unroll 4
       for (int ib = lane / across; ib < s.mb; ib += down) {
         const float v = __ldg(g + static_cast<int64_t>(ib) * K + jb);
         const int at = ib * s.nb + jb;
         const bool identity = s.identity == Identity::kB;
-        sum0 = fmaf(identity ? float(ib == jb) : to_float(b0[at]), v, sum0);
-        sum1 = fmaf(identity ? float(ib == jb) : to_float(b1[at]), v, sum1);
+        sums[0].add(identity ? float(ib == jb) : to_float(b0[at]), v);
+        sums[1].add(identity ? float(ib == jb) : to_float(b1[at]), v);
       }
+    float sum0 = sums[0].value, sum1 = sums[1].value;
 #pragma unroll
     for (int offset = kLanes / 2; offset; offset /= 2) {
       sum0 += __shfl_xor_sync(~0u, sum0, offset);
@@ -111,7 +123,7 @@ __global__ void __launch_bounds__(kAnyContractThreads, 4)
     const auto border = [](int size, int part, int parts) { return static_cast<int>(int64_t{size} * part / parts); };
     const int ia_begin = border(s.ma, pa, split.over_a), ia_end = border(s.ma, pa + 1, split.over_a);
     const int ja_begin = border(s.na, pb, split.over_b), ja_end = border(s.na, pb + 1, split.over_b);
-    float sum0 = 0.f, sum1 = 0.f;
+    Sum sums[2];
     for (int ia = ia_begin; ia < ia_end && jb < s.nb; ++ia) {
       const float* g = G + (static_cast<int64_t>(ia) * s.mb + ib) * K + jb;
 #pragma unroll 4
@@ -119,10 +131,11 @@ __global__ void __launch_bounds__(kAnyContractThreads, 4)
         const float v = __ldg(g + ja * s.nb);
         const int at = ia * s.na + ja;
         const bool identity = s.identity == Identity::kA;
-        sum0 = fmaf(identity ? float(ia == ja) : to_float(a0[at]), v, sum0);
-        sum1 = fmaf(identity ? float(ia == ja) : to_float(a1[at]), v, sum1);
+        sums[0].add(identity ? float(ia == ja) : to_float(a0[at]), v);
+        sums[1].add(identity ? float(ia == ja) : to_float(a1[at]), v);
       }
     }
+    float sum0 = sums[0].value, sum1 = sums[1].value;
     for (int offset = across; offset < kLanes; offset *= 2) {
       sum0 += __shfl_xor_sync(~0u, sum0, offset);
       sum1 += __shfl_xor_sync(~0u, sum1, offset);
@@ -142,10 +155,10 @@ __global__ void __launch_bounds__(kAnyContractThreads)
   const int e = blockIdx.x * kAnyContractThreads + threadIdx.x, entries = s.mb * s.nb;
   if (s.identity == Identity::kB || e >= entries) return;
   const float *from = parts + plan.sums[blockIdx.y] + e, *end = parts + plan.sums[blockIdx.y + 1];
-  float sum = 0.f;
+  Sum sum;
 #pragma unroll 8
-  for (; from < end; from += entries) sum += __ldg(from);
-  raw_B[s.b_offset + e] = sum;
+  for (; from < end; from += entries) sum.add(__ldg(from));
+  raw_B[s.b_offset + e] = sum.value;
 }
 
 inline int64_t any_scratch(const KronParams& p) {
