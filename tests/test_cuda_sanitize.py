@@ -131,9 +131,8 @@ CASES = {
     **{f"linear {args}": (linear, *args) for args in product((1, 9, 33, 70), (48, 128), (False, True))},
     # tall enough for thread blocks of several tiles, single ones and pairs
     **{f"linear {args}": (linear, *args) for args in ((5, 8464, False), (13, 8512, False), (6, 8512, True))},
-    **{
-        f"linear {args}": (linear, *args) for args in ((1, 48, True, 14), (9, 48, True, 14))
-    },  # factors one by one
+    # whose factors are loaded entry by entry
+    **{f"linear {n}, uneven": (linear, n, 48, True, [(4, 14, 12, 128), (3, 256, 16, 7)]) for n in (1, 9)},
     **{f"rows {args}": (rows, *args) for args in ((5, 48), (40, 128))},
     **{f"lora {rank} {d}": (lora, rank, d) for rank in (3, 24) for d in (BF16, torch.float32)},
     **{f"lora gradients {args}": (lora_grad, *args) for args in ((513, 264, 8), (800, 16648, 16))},
