@@ -11,7 +11,7 @@ namespace moka::cuda {
 
 struct GradLaunch {
   CUtensorMap t1[kMaxGradGroups];  // [M, S1, L1] in boxes of tokens x P1 x 64
-  CUtensorMap t2[kMaxGradGroups];  // [M, kMapRows2, 64] in boxes of tokens x 64 x 64
+  CUtensorMap t2[kMaxGradGroups];  // [M, L2 S2 / 64, 64] in boxes of tokens x 64 x 64
   GradPlan plan;
   const void *f1[kMaxGradGroups][2], *f2[kMaxGradGroups][2];  // null: an empty slot
   const void *x, *dy;
@@ -66,8 +66,9 @@ struct Layout {
 };
 
 // F1 or F2 [S, L] of one component into rows row0.. of an operand of `rows` rows; natural: it is stored [S, L].
-template <int S, int L, typename TF>
-__device__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, bool natural) {
+template <typename TF>
+__device__ __forceinline__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, int S, int L,
+                                            bool natural) {
   constexpr int kBatch = 64;
   for (int i0 = threadIdx.x % 128; i0 < S * L; i0 += 128 * kBatch) {
     float v[kBatch];
@@ -84,9 +85,10 @@ __device__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, 
 
 // One thread: chunks by bulk copies, of T1 (kOperand 1) or T2.
 template <class C, int kOperand, class R>
-__device__ void produce_boxes(const CUtensorMap* map, R ring, uint64_t* ready, int first, int stride, int tiles) {
+__device__ void produce_boxes(const CUtensorMap* map, R ring, uint64_t* ready, int chunks, int first, int stride,
+                              int tiles) {
   for (int tile = first; tile < tiles; tile += stride) {
-    for (int c = 0; c < (kOperand == 1 ? C::kChunks1 : C::kChunks2); ++c) {
+    for (int c = 0; c < chunks; ++c) {
       barrier_wait(&ring.empty[ring.slot], ring.phase ^ 1);
       barrier_expect(&ring.full[ring.slot], kOperand == 1 ? C::kSlot1 : C::kSlot2);
       const int x = kOperand == 1 ? c * 64 : 0, y = kOperand == 1 ? 0 : c * 64;
@@ -98,27 +100,30 @@ __device__ void produce_boxes(const CUtensorMap* map, R ring, uint64_t* ready, i
 }
 
 // One of kGradCopyWarps warps: its share of the chunks of T2 with rows of 16 to 64 bytes, for which bulk copies are
-// slow, so that the tokens of a tile lie beside each other.
+// slow, so that the tokens of a tile lie beside each other. Rows from l2 on are zeros, as far as products read them.
 template <class C, class R>
-__device__ void produce_rows(const uint8_t* t2, int64_t M, R ring, uint64_t* ready, int warp, int first, int stride,
-                             int tiles) {
+__device__ void produce_rows(const uint8_t* t2, int l2, int64_t M, R ring, uint64_t* ready, int warp, int first,
+                             int stride, int tiles) {
   constexpr int kUnits = C::kS2 / 8, kRows = 32 / kUnits;  // 16-byte units of a row; rows of one access of a warp
   const int lane = threadIdx.x % 32, row = lane / kUnits, unit = lane % kUnits;
   int n = 0;
   for (int tile = first; tile < tiles; tile += stride) {
-    for (int c = 0; c < C::kChunks2; ++c, ++n, ring.next()) {
+    for (int c = 0; c * 64 < l2; ++c, ++n, ring.next()) {
       if (n % kGradCopyWarps != warp) continue;
       barrier_wait(&ring.empty[ring.slot], ring.phase ^ 1);
       const int rows = min(64, C::kL2 - c * 64);
 #pragma unroll 1
       for (int t = 0; t < C::kTokens; ++t) {
         const int64_t token = static_cast<int64_t>(tile) * C::kTokens + t;
-        const bool inside = token < M;
-        const uint8_t* src = t2 + (inside ? (token * C::kL2 + c * 64) * C::kS2 * 2 + lane * 16 : 0);
+        const int left = token < M ? l2 - c * 64 - row : 0;  // rows from this lane's first on
+        const uint8_t* src = t2 + (left > 0 ? (token * l2 + c * 64) * C::kS2 * 2 + lane * 16 : 0);
         const uint32_t dst = ring.at() + t * C::kS2 / 64 * 8192 + row * 128 + ((t * kUnits + unit ^ row) & 7) * 16;
 #pragma unroll
         for (int i = 0; i < 64 / kRows; ++i)
-          if (i * kRows < rows) copy_async16(dst + i * kRows * 128, inside ? src + i * 512 : t2, inside ? 16 : 0);
+          if (i * kRows < rows) {
+            const bool inside = i * kRows < left;
+            copy_async16(dst + i * kRows * 128, inside ? src + i * 512 : t2, inside ? 16 : 0);
+          }
       }
       barrier_arrive_after_copies(&ring.full[ring.slot]);
     }

@@ -15,8 +15,9 @@ constexpr int slots_held(int chunks, int slot, int64_t rings, int64_t other_tile
   return share > 2 * chunks ? share : 2 * chunks;
 }
 
-// A token of T1 is a matrix [S1, L1], of T2 a matrix [L2, S2]; kron_grad_sm90.cuh explains.
-// kCost: cycles a token takes, measured on an H200 or, for 1024 x 4096, what its wgmma instructions need.
+// A token of T1 is a matrix [S1, L1], of T2 a matrix [L2, S2]; kron_grad_sm90.cuh explains. S1 and L2 are the most that
+// a component may have.
+// kCost: cycles a token takes, measured on an H200 or, from 1024 x 4096 on, what its wgmma instructions need.
 template <int S1_, int L1_, int L2_, int S2_, int kCost>
 struct GradShape {
   static constexpr int kS1 = S1_, kL1 = L1_, kL2 = L2_, kS2 = S2_;
@@ -45,8 +46,7 @@ struct GradShape {
   static constexpr int kUsed = kFixed + kSlots1 * kSlot1 + kSlots2 * kSlot2;
   static_assert(kSlots1 >= 3 && kSlots2 >= 2 && (2 * (kSlots1 + kSlots2) + 1) * 8 <= kGradBarriers);
 
-  // A tensor map sees a token of T2 as so many rows of 64; none when its rows are shorter.
-  static constexpr int kMapRows2 = kS2 == 64 ? kL2 : 0;
+  static constexpr bool kExact = false, kMaps2 = kS2 == 64;
 
   static constexpr double cost() { return kCost; }
 };
@@ -54,7 +54,8 @@ struct GradShape {
 // The same for kron_grad_square_sm90.cu: S1 = S2 = S, L1 = L2 = 4096 / S.
 template <int S>
 struct GradSquareShape {
-  static constexpr int kS1 = S, kL1 = 4096 / S, kL2 = kL1, kS2 = S, kP1 = S, kTokens = 64 / S, kMapRows2 = 64;
+  static constexpr int kS1 = S, kL1 = 4096 / S, kL2 = kL1, kS2 = S, kP1 = S, kTokens = 64 / S;
+  static constexpr bool kExact = true, kMaps2 = true;
 
   static constexpr double cost() { return S == 64 ? 1024 : S == 32 ? 530 : 500; }  // cycles, measured on an H200
 };
@@ -62,16 +63,19 @@ struct GradSquareShape {
 template <class... Shapes>
 struct GradFamily {};
 
-// Shapes that moka/shapes.py plans, without the mirrored ones.
+// Shapes that moka/rules.py plans, without the mirrored ones, and what has the same B and a smaller A.
 // 4096 x 4096
 using GradSquare = GradFamily<GradSquareShape<16>, GradSquareShape<32>, GradSquareShape<64>>;
-// 14336 x 4096 and 4096 x 14336
+// 14336 x 4096 and 4096 x 14336; 12288 x 4096
 using GradMlp =
     GradFamily<GradShape<28, 512, 256, 16, 1410>, GradShape<56, 256, 128, 32, 1945>, GradShape<112, 128, 64, 64, 3735>,
                GradShape<32, 128, 224, 64, 1890>, GradShape<16, 256, 448, 32, 1355>>;
-// 1024 x 4096
+// 1024 x 4096; 1024 x 3072
 using GradKv =
     GradFamily<GradShape<8, 128, 256, 16, 208>, GradShape<16, 64, 128, 32, 256>, GradShape<64, 64, 32, 32, 448>,
                GradShape<32, 128, 64, 16, 256>, GradShape<16, 256, 128, 8, 208>>;
+// 3584 x 3584, 4096 x 2560, 3072 x 3072 ...
+using GradMedium =
+    GradFamily<GradShape<16, 256, 256, 16, 500>, GradShape<32, 128, 128, 32, 640>, GradShape<64, 64, 64, 64, 1120>>;
 
 }  // namespace moka::cuda

@@ -7,19 +7,20 @@ namespace moka::cuda {
 namespace {
 
 struct ShapeRow {
-  int s1, l1, l2, s2, padded, tokens, map_rows2;
-  double cost;  // of one token, relative
+  int s1, l1, l2, s2, padded, tokens;
+  bool exact, maps2;  // for no smaller A; T2 by a tensor map
+  double cost;        // of one token, relative
 };
 
 template <class... Shapes>
 const ShapeRow* table(GradFamily<Shapes...>, int* count) {
   static constexpr ShapeRow rows[] = {{Shapes::kS1, Shapes::kL1, Shapes::kL2, Shapes::kS2, Shapes::kP1, Shapes::kTokens,
-                                       Shapes::kMapRows2, Shapes::cost()}...};
+                                       Shapes::kExact, Shapes::kMaps2, Shapes::cost()}...};
   *count = sizeof...(Shapes);
   return rows;
 }
 
-constexpr int kFamilies = 3;
+constexpr int kFamilies = 4;
 
 const ShapeRow* family_table(int family, int* count) {
   switch (family) {
@@ -27,23 +28,35 @@ const ShapeRow* family_table(int family, int* count) {
       return table(GradSquare{}, count);
     case 1:
       return table(GradMlp{}, count);
-    default:
+    case 2:
       return table(GradKv{}, count);
+    default:
+      return table(GradMedium{}, count);
   }
 }
 
-// The family's shape of this component, -1 when it has none.
-int find_shape(int family, const KronComponent& c, int* mirrored) {
+// What a group of components of this shape costs per token, of the L2 that it has.
+double cost(const ShapeRow& s, int l2) { return s.cost * ceil_div(l2, 64) / ceil_div(s.l2, 64); }
+
+// The family's cheapest shape for this component, in a group of its own; shape -1 when there is none.
+GradGroup find_shape(int family, const KronComponent& c, int index) {
   int count;
   const ShapeRow* rows = family_table(family, &count);
-  for (*mirrored = 0; *mirrored < 2; ++*mirrored)
+  GradGroup best = {-1, 0, 0, 0, index, -1, 0, 0};
+  // whole rows of four sums
+  if (c.identity != Identity::kNone || c.ma * c.na % 4 != 0) return best;
+  for (int mirrored = 0; mirrored < 2; ++mirrored) {
+    const int64_t s1 = mirrored ? c.na : c.ma, l1 = mirrored ? c.nb : c.mb;
+    const int64_t l2 = mirrored ? c.ma : c.na, s2 = mirrored ? c.mb : c.nb;
     for (int i = 0; i < count; ++i) {
       const ShapeRow& s = rows[i];
-      const bool same = *mirrored ? c.na == s.s1 && c.nb == s.l1 && c.ma == s.l2 && c.mb == s.s2
-                                  : c.ma == s.s1 && c.mb == s.l1 && c.na == s.l2 && c.nb == s.s2;
-      if (same && c.identity == Identity::kNone) return i;
+      const bool fits = s.exact ? s1 == s.s1 && l2 == s.l2 : s1 <= s.s1 && l2 <= s.l2;
+      if (!fits || l1 != s.l1 || s2 != s.s2) continue;
+      const GradGroup group = {i, mirrored, static_cast<int>(s1), static_cast<int>(l2), index, -1, 0, 0};
+      if (best.shape < 0 || cost(s, group.l2) < cost(rows[best.shape], best.l2)) best = group;
     }
-  return -1;
+  }
+  return best;
 }
 
 bool plan_family(const KronParams& mixture, int family, GradPlan* plan) {
@@ -52,16 +65,18 @@ bool plan_family(const KronParams& mixture, int family, GradPlan* plan) {
   plan->slab = 0;
   for (int i = 0; i < mixture.r; ++i) {
     const KronComponent& c = mixture.components[i];
-    int mirrored, g = 0;
-    const int shape = find_shape(family, c, &mirrored);
-    if (shape < 0) return false;
-    GradGroup* group = plan->group;
-    while (g < plan->count && (group[g].shape != shape || group[g].mirrored != mirrored || group[g].second >= 0)) ++g;
-    if (g < plan->count) {
-      group[g].second = i;
+    const GradGroup own = find_shape(family, c, i);
+    if (own.shape < 0) return false;
+    const auto takes = [&](const GradGroup& g) {
+      return g.shape == own.shape && g.mirrored == own.mirrored && g.s1 == own.s1 && g.l2 == own.l2 && g.second < 0;
+    };
+    GradGroup *group = plan->group, *end = group + plan->count;
+    while (group < end && !takes(*group)) ++group;
+    if (group < end) {
+      group->second = i;
     } else {
       if (plan->count == kMaxGradGroups) return false;
-      group[plan->count++] = {shape, mirrored, i, -1, 0, 0};
+      plan->group[plan->count++] = own;
     }
     const int64_t floats = 2 * (c.ma * c.na + c.mb * c.nb);
     plan->slab = floats > plan->slab ? floats : plan->slab;
@@ -89,11 +104,11 @@ bool plan_grad(const KronParams& mixture, int sms, GradPlan* plan) {
   // one thread block each, then always another for the group whose blocks have most to do
   GradGroup* group = plan->group;
   for (int g = 0; g < plan->count; ++g) group[g].cta_count = 1;
+  const auto work = [&](int g) { return cost(shapes[group[g].shape], group[g].l2) / group[g].cta_count; };
   for (int spare = sms - plan->count; spare > 0; --spare) {
     int most = 0;
     for (int g = 1; g < plan->count; ++g)
-      if (shapes[group[g].shape].cost * group[most].cta_count > shapes[group[most].shape].cost * group[g].cta_count)
-        most = g;
+      if (work(g) > work(most)) most = g;
     ++group[most].cta_count;
   }
   for (int g = 1; g < plan->count; ++g) group[g].cta_begin = group[g - 1].cta_begin + group[g - 1].cta_count;
@@ -114,8 +129,8 @@ cudaError_t launch_kron_grad_sm90(const void* x, const void* dy, int64_t M, cons
   for (int g = 0; g < plan.count; ++g) {
     const GradGroup& group = plan.group[g];
     const ShapeRow& s = shapes[group.shape];
-    const bool ok = encode(&p.t1[g], group.mirrored ? x : dy, M, s.s1, s.l1, s.tokens, s.padded) &&
-                    (!s.map_rows2 || encode(&p.t2[g], group.mirrored ? dy : x, M, s.map_rows2, 64, s.tokens, 64));
+    const bool ok = encode(&p.t1[g], group.mirrored ? x : dy, M, group.s1, s.l1, s.tokens, s.padded) &&
+                    (!s.maps2 || encode(&p.t2[g], group.mirrored ? dy : x, M, group.l2 * s.s2 / 64, 64, s.tokens, 64));
     if (!ok) return cudaErrorInvalidValue;
     const int pair[2] = {group.first, group.second};
     for (int i = 0; i < 2; ++i) {
@@ -131,8 +146,10 @@ cudaError_t launch_kron_grad_sm90(const void* x, const void* dy, int64_t M, cons
       return launch_grad_square(p, sms, partial, stream);
     case 1:
       return launch_grad_mlp(p, sms, partial, stream);
-    default:
+    case 2:
       return launch_grad_kv(p, sms, partial, stream);
+    default:
+      return launch_grad_medium(p, sms, partial, stream);
   }
 }
 

@@ -7,7 +7,7 @@
 //   side 0:  P [(t,S1), 2 S2] = T1 F1          then  dF2 [L2, 2 S1] += T2 [L2, (t,S2)] P' [(t,S2), 2 S1]
 //   side 1:  V [(t,S2), 2 S1] = T2^T F2        then  dF1 [L1, 2 S2] += T1^T [L1, (t,S1)] V' [(t,S1), 2 S2]
 // where P' holds the same numbers as P: row (t, f) and column (component, r) instead of (t, r) and (component, f).
-// S1 is padded with zeros to a power of two.
+// S1 is padded with zeros to a power of two. It and L2, A's sides, may be smaller than those a kernel is compiled for.
 //
 // One warpgroup computes side 0, one side 1. A third streams tiles of tokens through two rings of shared-memory
 // chunks, each of which is a block of K in one side's first product and a block of M in the other side's second:
@@ -52,13 +52,14 @@ __device__ __forceinline__ void product(float* d, uint32_t data, uint32_t other,
   }
 }
 
-// One warpgroup. Leaves its sums at out0 and out1, for the two components; natural: as [S, L] matrices.
+// One warpgroup. Leaves its sums at `out`, for the two components; natural: as [S, L] matrices.
 template <class C, int kSide, class RF, class RG>
 __device__ void consume(RF ring_f, RG ring_g, uint32_t factor, uint32_t middle, int first, int stride, int tiles,
-                        float* out0, float* out1, bool natural) {
+                        float* out, bool natural, const GradGroup& group) {
   using D = Side<C, kSide>;
   constexpr bool kCopied = C::kS2 < 64;  // T2 came by ordinary copies
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int chunks2 = (group.l2 + 63) / 64;
   float acc[D::kChunksG][D::kBlocks2][D::kN2 / 2], d[D::kBlocksPass][D::kN1 / 2];
 #pragma unroll
   for (int c = 0; c < D::kChunksG; ++c)
@@ -84,6 +85,7 @@ __device__ void consume(RF ring_f, RG ring_g, uint32_t factor, uint32_t middle, 
       ring_f = start;
 #pragma unroll
       for (int c = 0; c < D::kChunksF; ++c) {
+        if (kSide == 1 && c >= chunks2) break;
         if (pass == 0) {
           barrier_wait(&ring_f.full[ring_f.slot], ring_f.phase);
           if (kCopied && kSide == 1) proxy_fence();
@@ -131,6 +133,7 @@ __device__ void consume(RF ring_f, RG ring_g, uint32_t factor, uint32_t middle, 
 
 #pragma unroll
     for (int c = 0; c < D::kChunksG; ++c) {
+      if (kSide == 0 && c >= chunks2) break;
       barrier_wait(&ring_g.full[ring_g.slot], ring_g.phase);
       if (kCopied && kSide == 0) proxy_fence();
       const uint32_t chunk = ring_g.at();
@@ -153,6 +156,8 @@ __device__ void consume(RF ring_f, RG ring_g, uint32_t factor, uint32_t middle, 
   wgmma_wait<0>();
   release();
 
+  const int l_used = kSide == 0 ? group.l2 : C::kL1, s_used = kSide == 0 ? group.s1 : C::kS2;
+  const bool pairs = natural == D::kSwap2 && l_used % 2 == 0 && s_used % 2 == 0;
 #pragma unroll
   for (int c = 0; c < D::kChunksG; ++c)
 #pragma unroll
@@ -162,14 +167,15 @@ __device__ void consume(RF ring_f, RG ring_g, uint32_t factor, uint32_t middle, 
         const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2;
         const int l = c * 64 + (D::kSwap2 ? column : row), at = n * D::kOther2 + (D::kSwap2 ? row : column);
         const int s = at % D::kF;
-        if (l >= D::kLG || s >= D::kFUsed) continue;
-        float* out = (at < D::kF ? out0 : out1) + (natural ? s * D::kLG + l : l * D::kFUsed + s);
-        if (natural == D::kSwap2) {
-          *reinterpret_cast<float2*>(out) = {acc[c][n][i], acc[c][n][i + 1]};
-        } else {
-          out[0] = acc[c][n][i];
-          out[natural ? D::kLG : D::kFUsed] = acc[c][n][i + 1];
+        if (l >= l_used || s >= s_used) continue;
+        float* to = out + (at < D::kF ? 0 : l_used * s_used) + (natural ? s * l_used + l : l * s_used + s);
+        if (pairs) {
+          *reinterpret_cast<float2*>(to) = {acc[c][n][i], acc[c][n][i + 1]};
+          continue;
         }
+        to[0] = acc[c][n][i];
+        if (D::kSwap2 ? l + 1 < l_used : s + 1 < s_used)
+          to[natural == D::kSwap2 ? 1 : natural ? l_used : s_used] = acc[c][n][i + 1];
       }
 }
 
@@ -201,18 +207,18 @@ __device__ void prepare(uint8_t* smem) {
 template <class C, int kSide>
 __device__ void run_side(const GradLaunch& p, int g, uint8_t* smem, float* partial) {
   using Y = Layout<C>;
-  constexpr int S = kSide == 0 ? C::kS2 : C::kS1, P = kSide == 0 ? C::kS2 : C::kP1;
-  constexpr int L = kSide == 0 ? C::kL1 : C::kL2, kAt = kSide == 0 ? Y::kFactor1 : Y::kFactor2;
+  constexpr int P = kSide == 0 ? C::kS2 : C::kP1, kAt = kSide == 0 ? Y::kFactor1 : Y::kFactor2;
   const GradGroup& group = p.plan.group[g];
+  const int S = kSide == 0 ? C::kS2 : group.s1, L = kSide == 0 ? C::kL1 : group.l2;
   const bool mirrored = group.mirrored;
   for (int i = 0; i < 2; ++i) {
     const void* factor = kSide == 0 ? p.f1[g][i] : p.f2[g][i];
     if (!factor) continue;
     const bool natural = kSide == 0 ? mirrored : !mirrored;
     if (p.factor_fp32) {
-      load_factor<S, L>(smem + kAt, 2 * P, i * P, static_cast<const float*>(factor), natural);
+      load_factor(smem + kAt, 2 * P, i * P, static_cast<const float*>(factor), S, L, natural);
     } else {
-      load_factor<S, L>(smem + kAt, 2 * P, i * P, static_cast<const __nv_bfloat16*>(factor), natural);
+      load_factor(smem + kAt, 2 * P, i * P, static_cast<const __nv_bfloat16*>(factor), S, L, natural);
     }
   }
   if (threadIdx.x % 32 == 0) barrier_arrive(Y::ready(smem));
@@ -220,17 +226,16 @@ __device__ void run_side(const GradLaunch& p, int g, uint8_t* smem, float* parti
   named_barrier(1 + kSide, 128);
 
   // Side 0 leaves dF2: the slab's A part, A [S1, L2] or mirrored [L2, S1]; side 1 dF1: B [L1, S2] or [S2, L1].
-  constexpr int kA = C::kS1 * C::kL2, kB = C::kL1 * C::kS2, kEntries = kSide == 0 ? kA : kB;
-  float* out = partial + blockIdx.x * p.plan.slab + (kSide == 0 ? 0 : 2 * kA);
+  float* out = partial + blockIdx.x * p.plan.slab + (kSide == 0 ? 0 : 2 * group.s1 * group.l2);
   const int tiles = static_cast<int>(ceil_div(p.M, C::kTokens));
   const int first = blockIdx.x - group.cta_begin, stride = group.cta_count;
   const uint32_t at = shared_address(smem);
   if constexpr (kSide == 0) {
     consume<C, 0>(Y::ring1(smem), Y::ring2(smem), at + Y::kFactor1, at + Y::kMiddle0, first, stride, tiles, out,
-                  out + kEntries, !mirrored);
+                  !mirrored, group);
   } else {
     consume<C, 1>(Y::ring2(smem), Y::ring1(smem), at + Y::kFactor2, at + Y::kMiddle1, first, stride, tiles, out,
-                  out + kEntries, mirrored);
+                  mirrored, group);
   }
 }
 
@@ -241,13 +246,14 @@ __device__ void run_producers(const GradLaunch& p, int g, uint8_t* smem) {
   const int tiles = static_cast<int>(ceil_div(p.M, C::kTokens));
   const int first = blockIdx.x - group.cta_begin, stride = group.cta_count, warp = threadIdx.x / 32 % 4;
   if (warp == 0) {
-    if (threadIdx.x % 32 == 0) produce_boxes<C, 1>(&p.t1[g], Y::ring1(smem), Y::ready(smem), first, stride, tiles);
+    if (threadIdx.x % 32 == 0)
+      produce_boxes<C, 1>(&p.t1[g], Y::ring1(smem), Y::ready(smem), C::kChunks1, first, stride, tiles);
   } else if constexpr (C::kS2 == 64) {
     if (warp == 1 && threadIdx.x % 32 == 0)
-      produce_boxes<C, 2>(&p.t2[g], Y::ring2(smem), Y::ready(smem), first, stride, tiles);
+      produce_boxes<C, 2>(&p.t2[g], Y::ring2(smem), Y::ready(smem), (group.l2 + 63) / 64, first, stride, tiles);
   } else {
     const uint8_t* t2 = static_cast<const uint8_t*>(group.mirrored ? p.dy : p.x);
-    produce_rows<C>(t2, p.M, Y::ring2(smem), Y::ready(smem), warp - 1, first, stride, tiles);
+    produce_rows<C>(t2, group.l2, p.M, Y::ring2(smem), Y::ready(smem), warp - 1, first, stride, tiles);
   }
 }
 
@@ -297,5 +303,6 @@ cudaError_t launch_grad_family(GradFamily<Shapes...>, const GradLaunch& p, int s
 cudaError_t launch_grad_square(const GradLaunch& p, int sms, float* partial, cudaStream_t stream);
 cudaError_t launch_grad_mlp(const GradLaunch& p, int sms, float* partial, cudaStream_t stream);
 cudaError_t launch_grad_kv(const GradLaunch& p, int sms, float* partial, cudaStream_t stream);
+cudaError_t launch_grad_medium(const GradLaunch& p, int sms, float* partial, cudaStream_t stream);
 
 }  // namespace moka::cuda

@@ -13,6 +13,7 @@ namespace moka::cuda {
 struct GradGroup {
   int shape;                 // which of its family's GradShapes
   int mirrored;              // 0: T1 is dY and T2 is X, see kron_grad_sm90.cuh; 1: they change places
+  int s1, l2;                // A's sides, at most the GradShape's
   int first, second;         // components; second is -1 when there is none
   int cta_begin, cta_count;  // its thread blocks, and its slabs of `partial`
 };
