@@ -66,9 +66,8 @@ struct Layout {
 };
 
 // F1 or F2 [S, L] of one component into rows row0.. of an operand of `rows` rows; natural: it is stored [S, L].
-template <typename TF>
-__device__ __forceinline__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, int S, int L,
-                                            bool natural) {
+template <int S, int L, typename TF>
+__device__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, bool natural) {
   constexpr int kBatch = 64;
   for (int i0 = threadIdx.x % 128; i0 < S * L; i0 += 128 * kBatch) {
     float v[kBatch];
@@ -80,6 +79,22 @@ __device__ __forceinline__ void load_factor(uint8_t* dst, int rows, int row0, co
       if (i < S * L)
         *reinterpret_cast<__nv_bfloat16*>(dst + swizzled(rows, row0 + r, l)) = from_acc<__nv_bfloat16>(v[j]);
     }
+  }
+}
+
+// The same for sizes that are known at run time only. Few instructions: each is fetched for one use, or a few.
+template <typename TF>
+__device__ __noinline__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, int S, int L,
+                                         bool natural) {
+  const int thread = threadIdx.x % 128, width = natural ? L : S, rows_on = 128 / width;
+  int row = thread / width, column = thread - row * width;
+#pragma unroll 8
+  for (int i = thread; i < S * L; i += 128) {
+    const int r = natural ? row : column, l = natural ? column : row;
+    *reinterpret_cast<__nv_bfloat16*>(dst + swizzled(rows, row0 + r, l)) =
+        from_acc<__nv_bfloat16>(to_float(__ldg(factor + i)));
+    row += rows_on, column += 128 - rows_on * width;
+    if (column >= width) column -= width, ++row;
   }
 }
 
@@ -100,7 +115,8 @@ __device__ void produce_boxes(const CUtensorMap* map, R ring, uint64_t* ready, i
 }
 
 // One of kGradCopyWarps warps: its share of the chunks of T2 with rows of 16 to 64 bytes, for which bulk copies are
-// slow, so that the tokens of a tile lie beside each other. Rows from l2 on are zeros, as far as products read them.
+// slow, so that the tokens of a tile lie beside each other. Rows from l2 on are multiplied by zeros,
+// and must be finite: zeros at first, then what the slot held before.
 template <class C, class R>
 __device__ void produce_rows(const uint8_t* t2, int l2, int64_t M, R ring, uint64_t* ready, int warp, int first,
                              int stride, int tiles) {
@@ -111,19 +127,24 @@ __device__ void produce_rows(const uint8_t* t2, int l2, int64_t M, R ring, uint6
     for (int c = 0; c * 64 < l2; ++c, ++n, ring.next()) {
       if (n % kGradCopyWarps != warp) continue;
       barrier_wait(&ring.empty[ring.slot], ring.phase ^ 1);
-      const int rows = min(64, C::kL2 - c * 64);
 #pragma unroll 1
       for (int t = 0; t < C::kTokens; ++t) {
         const int64_t token = static_cast<int64_t>(tile) * C::kTokens + t;
-        const int left = token < M ? l2 - c * 64 - row : 0;  // rows from this lane's first on
-        const uint8_t* src = t2 + (left > 0 ? (token * l2 + c * 64) * C::kS2 * 2 + lane * 16 : 0);
+        const int rows = token < M ? l2 - c * 64 : 0;
+        const uint8_t* src = t2 + (token * l2 + c * 64) * C::kS2 * 2 + lane * 16;
         const uint32_t dst = ring.at() + t * C::kS2 / 64 * 8192 + row * 128 + ((t * kUnits + unit ^ row) & 7) * 16;
+        if (rows >= 64) {
+#pragma unroll
+          for (int i = 0; i < 64 / kRows; ++i) copy_async16(dst + i * kRows * 128, src + i * 512, 16);
+          continue;
+        }
 #pragma unroll
         for (int i = 0; i < 64 / kRows; ++i)
-          if (i * kRows < rows) {
-            const bool inside = i * kRows < left;
-            copy_async16(dst + i * kRows * 128, inside ? src + i * 512 : t2, inside ? 16 : 0);
-          }
+          if (row < rows - i * kRows) copy_async16(dst + i * kRows * 128, src + i * 512, 16);
+        if (n < C::kSlots2 || token >= M)
+#pragma unroll 1
+          for (int i = 0; i < 64 / kRows; ++i)
+            if (row >= rows - i * kRows) copy_async16(dst + i * kRows * 128, t2, 0);
       }
       barrier_arrive_after_copies(&ring.full[ring.slot]);
     }

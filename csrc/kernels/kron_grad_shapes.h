@@ -17,7 +17,8 @@ constexpr int slots_held(int chunks, int slot, int64_t rings, int64_t other_tile
 
 // A token of T1 is a matrix [S1, L1], of T2 a matrix [L2, S2]; kron_grad_sm90.cuh explains. S1 and L2 are the most that
 // a component may have.
-// kCost: cycles a token takes, measured on an H200 or, from 1024 x 4096 on, what its wgmma instructions need.
+// kCost: cycles that a token takes on an H200 when its group alone has 26 thread blocks; more for those, of S2 = 64 or
+// the lone S1 = 64, that then wait for the others.
 template <int S1_, int L1_, int L2_, int S2_, int kCost>
 struct GradShape {
   static constexpr int kS1 = S1_, kL1 = L1_, kL2 = L2_, kS2 = S2_;
@@ -68,14 +69,14 @@ struct GradFamily {};
 using GradSquare = GradFamily<GradSquareShape<16>, GradSquareShape<32>, GradSquareShape<64>>;
 // 14336 x 4096 and 4096 x 14336; 12288 x 4096
 using GradMlp =
-    GradFamily<GradShape<28, 512, 256, 16, 1410>, GradShape<56, 256, 128, 32, 1945>, GradShape<112, 128, 64, 64, 3735>,
-               GradShape<32, 128, 224, 64, 1890>, GradShape<16, 256, 448, 32, 1355>>;
+    GradFamily<GradShape<28, 512, 256, 16, 1715>, GradShape<56, 256, 128, 32, 2345>, GradShape<112, 128, 64, 64, 4700>,
+               GradShape<32, 128, 224, 64, 2250>, GradShape<16, 256, 448, 32, 1705>>;
 // 1024 x 4096; 1024 x 3072
 using GradKv =
-    GradFamily<GradShape<8, 128, 256, 16, 208>, GradShape<16, 64, 128, 32, 256>, GradShape<64, 64, 32, 32, 448>,
-               GradShape<32, 128, 64, 16, 256>, GradShape<16, 256, 128, 8, 208>>;
+    GradFamily<GradShape<8, 128, 256, 16, 430>, GradShape<16, 64, 128, 32, 530>, GradShape<64, 64, 32, 32, 930>,
+               GradShape<32, 128, 64, 16, 530>, GradShape<16, 256, 128, 8, 430>>;
 // 3584 x 3584, 4096 x 2560, 3072 x 3072 ...
 using GradMedium =
-    GradFamily<GradShape<16, 256, 256, 16, 500>, GradShape<32, 128, 128, 32, 640>, GradShape<64, 64, 64, 64, 1120>>;
+    GradFamily<GradShape<16, 256, 256, 16, 810>, GradShape<32, 128, 128, 32, 1020>, GradShape<64, 64, 64, 64, 1800>>;
 
 }  // namespace moka::cuda

@@ -209,17 +209,22 @@ __device__ void run_side(const GradLaunch& p, int g, uint8_t* smem, float* parti
   using Y = Layout<C>;
   constexpr int P = kSide == 0 ? C::kS2 : C::kP1, kAt = kSide == 0 ? Y::kFactor1 : Y::kFactor2;
   const GradGroup& group = p.plan.group[g];
-  const int S = kSide == 0 ? C::kS2 : group.s1, L = kSide == 0 ? C::kL1 : group.l2;
-  const bool mirrored = group.mirrored;
+  const bool mirrored = group.mirrored, natural = kSide == 0 ? mirrored : !mirrored;
+  const bool whole = kSide == 0 || (group.s1 == C::kS1 && group.l2 == C::kL2);
+  const auto load = [&](int i, const auto* factor) {
+    if (whole)
+      load_factor<kSide == 0 ? C::kS2 : C::kS1, kSide == 0 ? C::kL1 : C::kL2>(smem + kAt, 2 * P, i * P, factor,
+                                                                              natural);
+    else
+      load_factor(smem + kAt, 2 * P, i * P, factor, group.s1, group.l2, natural);
+  };
   for (int i = 0; i < 2; ++i) {
     const void* factor = kSide == 0 ? p.f1[g][i] : p.f2[g][i];
     if (!factor) continue;
-    const bool natural = kSide == 0 ? mirrored : !mirrored;
-    if (p.factor_fp32) {
-      load_factor(smem + kAt, 2 * P, i * P, static_cast<const float*>(factor), S, L, natural);
-    } else {
-      load_factor(smem + kAt, 2 * P, i * P, static_cast<const __nv_bfloat16*>(factor), S, L, natural);
-    }
+    if (p.factor_fp32)
+      load(i, static_cast<const float*>(factor));
+    else
+      load(i, static_cast<const __nv_bfloat16*>(factor));
   }
   if (threadIdx.x % 32 == 0) barrier_arrive(Y::ready(smem));
   proxy_fence();
