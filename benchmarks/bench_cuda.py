@@ -44,7 +44,7 @@ from torch.nn.functional import linear
 from moka import functional
 from moka.rows import Rows
 
-# layers, and how many fill the L2 four times; the last, of Qwen2.5-7B, takes the kernels for any shapes
+# layers, and how many fill the L2 four times; the last is of Qwen2.5-7B
 COPIES = {
     (4096, 4096): 24, (1024, 4096): 80, (14336, 4096): 8, (4096, 14336): 8, (3584, 3584): 32,
 }  # fmt: skip
