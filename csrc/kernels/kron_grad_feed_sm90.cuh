@@ -82,7 +82,7 @@ __device__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, 
   }
 }
 
-// The same for sizes that are known at run time only. Few instructions: each is fetched for one use, or a few.
+// The same for sizes known at run time. In a loop, since fetching instructions that run once takes longer than they do.
 template <typename TF>
 __device__ __noinline__ void load_factor(uint8_t* dst, int rows, int row0, const TF* factor, int S, int L,
                                          bool natural) {
@@ -115,8 +115,8 @@ __device__ void produce_boxes(const CUtensorMap* map, R ring, uint64_t* ready, i
 }
 
 // One of kGradCopyWarps warps: its share of the chunks of T2 with rows of 16 to 64 bytes, for which bulk copies are
-// slow, so that the tokens of a tile lie beside each other. Rows from l2 on are multiplied by zeros,
-// and must be finite: zeros at first, then what the slot held before.
+// slow, so that the tokens of a tile lie beside each other. Rows from l2 on are multiplied by zeros and must be finite:
+// zeros at first, then what the slot held before.
 template <class C, class R>
 __device__ void produce_rows(const uint8_t* t2, int l2, int64_t M, R ring, uint64_t* ready, int warp, int first,
                              int stride, int tiles) {

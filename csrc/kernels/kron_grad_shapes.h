@@ -17,8 +17,8 @@ constexpr int slots_held(int chunks, int slot, int64_t rings, int64_t other_tile
 
 // A token of T1 is a matrix [S1, L1], of T2 a matrix [L2, S2]; kron_grad_sm90.cuh explains. S1 and L2 are the most that
 // a component may have.
-// kCost: cycles that a token takes on an H200 when its group alone has 26 thread blocks; more for those, of S2 = 64 or
-// the lone S1 = 64, that then wait for the others.
+// kCost: cycles of a token on an H200, its group alone on 26 multiprocessors, and a tenth more for the group that then
+// ended last among all; for 1024 x 4096 in proportion to the wgmma instructions.
 template <int S1_, int L1_, int L2_, int S2_, int kCost>
 struct GradShape {
   static constexpr int kS1 = S1_, kL1 = L1_, kL2 = L2_, kS2 = S2_;
@@ -47,7 +47,7 @@ struct GradShape {
   static constexpr int kUsed = kFixed + kSlots1 * kSlot1 + kSlots2 * kSlot2;
   static_assert(kSlots1 >= 3 && kSlots2 >= 2 && (2 * (kSlots1 + kSlots2) + 1) * 8 <= kGradBarriers);
 
-  static constexpr bool kExact = false, kMaps2 = kS2 == 64;
+  static constexpr bool kExact = false, kMaps2 = kS2 == 64;  // T2 by a tensor map, of rows of 128 bytes
 
   static constexpr double cost() { return kCost; }
 };
