@@ -120,7 +120,7 @@ def parameters_table() -> str:
     }
 
     def count(shapes: Iterable[KronShape]) -> int:
-        return sum(shape.a_numel + shape.b_numel + 1 for shape in shapes)
+        return sum(shape.numel + 1 for shape in shapes)
 
     lines = []
     for name, (layers, sizes) in models.items():

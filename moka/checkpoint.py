@@ -198,14 +198,17 @@ def load_adapter(
         manifest, config = None, None
         if METADATA_KEY in header.metadata:
             manifest = Manifest.from_text(header.metadata[METADATA_KEY], where)
-            config = layout.with_stored_shapes(model, manifest.config, manifest)
+            config = manifest.config
         else:
             config = _peft_config(directory, where, header)
         existing = getattr(model, "moka_config", {}).get(adapter_name)
-        if existing is not None:
-            layout.check_fields(where, config, portable(existing, layout.layer_paths(header.tensors)))
         try:
             targets = find_targets(model, config)
+            if manifest is not None and (by_layer := layout.with_stored_shapes(manifest, targets)) != config:
+                config = by_layer
+                targets = find_targets(model, config)
+            if existing is not None:
+                layout.check_fields(where, config, portable(existing, layout.layer_paths(header.tensors)))
             expected = layout.expected_tensors(model, config, targets)
         except (InjectionError, ConfigError) as error:
             raise CheckpointMismatchError(f"{where}: does not fit this model: {error}") from error

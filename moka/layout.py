@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from .bases import weight_of
 from .config import MokaConfig
-from .errors import CheckpointMismatchError, ConfigError, InjectionError, StateError
+from .errors import CheckpointMismatchError, ConfigError, StateError
 from .gates import logit_shape
 from .layers import MokaLinear
 from .manifest import Manifest
 from .nf4 import NF4Weight
 from .safefile import TensorEntry
 from .shapes import KronShape, explicit_shapes
-from .targets import Target, find_modules_to_save, find_targets, walk
+from .targets import Target, find_modules_to_save, walk
 from .trained_copy import TrainedCopy
 
 PREFIX = "base_model.model."  # as in peft's files
@@ -220,12 +220,13 @@ def check_tied(where: str, tensors: dict[str, Tensor], config: MokaConfig, targe
             )
 
 
-def with_stored_shapes(model: nn.Module, config: MokaConfig, manifest: Manifest) -> MokaConfig:
-    """The configuration of a file; with its components by layer, where a rule chose others at the time."""
-    try:
-        targets = find_targets(model, config)
-    except (InjectionError, ConfigError):
-        return config  # reported when it is used
+def with_stored_shapes(manifest: Manifest, targets: list[Target]) -> MokaConfig:
+    """The configuration of a file; with its components by layer, where a rule chose others at the time.
+
+    Args:
+        targets: what the configuration itself gives for the model.
+    """
+    config = manifest.config
     stored = {target.path: manifest.shapes.get(target.path, ()) for target in targets}
     others = [target for target in targets if stored[target.path] != target.shapes]
     by_rule = all(isinstance(config.shapes_for(target.path), str) for target in others)

@@ -129,7 +129,7 @@ def plan(
         raise ConfigError(f"optimizer: got {optimizer!r}, expected one of {tuple(OPTIMIZER_BYTES)}")
     model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
     targets = find_targets(model, config)
-    factors = sum(shape.a_numel + shape.b_numel for target in targets for shape in target.shapes)
+    factors = sum(shape.numel for target in targets for shape in target.shapes)
     logits = (logit_shape(config.gate, len(target.shapes), target.in_features) for target in targets)
     gates = sum(math.prod(shape) for shape in logits if shape is not None)
     gates += sum(target.out_features for target in targets) if config.magnitude else 0

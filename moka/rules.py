@@ -109,7 +109,8 @@ def _balanced(N: int, K: int, r: int) -> Shapes:
     if N % PERIOD or K % PERIOD:
         return nearest
     periodic = tuple(_balanced_shape(N, K, aspect, True) for aspect in aspects)
-    return periodic if _numel(periodic) <= MOST_FOR_PERIOD * _numel(nearest) else nearest
+    most = MOST_FOR_PERIOD * sum(shape.numel for shape in nearest)
+    return periodic if sum(shape.numel for shape in periodic) <= most else nearest
 
 
 @lru_cache(maxsize=1024)
@@ -129,10 +130,6 @@ def _balanced_shape(N: int, K: int, aspect: float, periodic: bool = False) -> Kr
 
     ma, na = min(((ma, na) for ma in sides(N) for na in sides(K)), key=cost)
     return KronShape(ma, na, N // ma, K // na)
-
-
-def _numel(shapes: Shapes) -> int:
-    return sum(shape.a_numel + shape.b_numel for shape in shapes)
 
 
 def _identity_shapes(N: int, K: int, r: int) -> tuple[KronShape, ...]:

@@ -39,6 +39,11 @@ class KronShape(NamedTuple):
         """Parameters of B."""
         return factors.numel(*self.side("B"))
 
+    @property
+    def numel(self) -> int:
+        """Parameters of both."""
+        return self.a_numel + self.b_numel
+
     def side(self, which: str) -> tuple[str, int, int]:
         """Kind and sizes of the factor "A" or "B"."""
         if which == "A":

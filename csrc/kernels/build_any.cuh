@@ -11,25 +11,25 @@ namespace moka::cuda {
 constexpr int kAnyRows = 16;                                            // of a thread at a time
 constexpr int any_blocks(int columns) { return columns == 4 ? 2 : 3; }  // per multiprocessor, by their registers
 
-// kColumns neighbouring entries.
+// Neighbouring entries, in one access.
+template <int kColumns, typename T>
+struct alignas(kColumns * sizeof(T)) Vector {
+  T t[kColumns];
+};
+
 template <int kColumns, typename T>
 __device__ __forceinline__ void load_columns(const T* from, float (&v)[kColumns]) {
-  struct alignas(kColumns * sizeof(T)) Columns {
-    T t[kColumns];
-  };
-  const Columns x = *reinterpret_cast<const Columns*>(from);
+  const auto x = *reinterpret_cast<const Vector<kColumns, T>*>(from);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) v[i] = to_float(x.t[i]);
 }
 
 template <int kColumns, typename T>
 __device__ __forceinline__ void store_columns(T* to, const float (&v)[kColumns]) {
-  struct alignas(kColumns * sizeof(T)) Columns {
-    T t[kColumns];
-  } x;
+  Vector<kColumns, T> x;
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) x.t[i] = from_acc<T>(v[i]);
-  *reinterpret_cast<Columns*>(to) = x;
+  *reinterpret_cast<Vector<kColumns, T>*>(to) = x;
 }
 
 // v [kAnyRows, kColumns] += alpha A kron B of one component, from row n0 and column k on. kTall: mb is at least

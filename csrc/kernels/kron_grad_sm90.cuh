@@ -23,13 +23,13 @@ namespace moka::cuda {
 // What one side of a shape computes with: F is the operand of its first product, G the other one.
 template <class C, int kSide>
 struct Side {
-  static constexpr int kLF = kSide == 0 ? C::kL1 : C::kL2, kLG = kSide == 0 ? C::kL2 : C::kL1;
+  static constexpr int kLF = kSide == 0 ? C::kL1 : C::kL2;
   static constexpr int kChunksF = kSide == 0 ? C::kChunks1 : C::kChunks2;
   static constexpr int kChunksG = kSide == 0 ? C::kChunks2 : C::kChunks1;
   static constexpr int kRowsF = kSide == 0 ? C::kRows1 : C::kRows2, kRowsG = kSide == 0 ? C::kRows2 : C::kRows1;
   static constexpr int kF = kSide == 0 ? C::kP1 : C::kS2;  // a row of the first product is (t, kF),
   static constexpr int kG = kSide == 0 ? C::kS2 : C::kP1;  // a column (component, kG)
-  static constexpr int kGUsed = kSide == 0 ? C::kS2 : C::kS1, kFUsed = kSide == 0 ? C::kS1 : C::kS2;
+  static constexpr int kGUsed = kSide == 0 ? C::kS2 : C::kS1;
   // Side 1 reads T with K across the lines. wgmma does that faster for its second operand: then the product's
   // transpose is computed, where the other operand has the 64 rows for it.
   static constexpr bool kSwap1 = kSide == 1 && 2 * kG >= 64, kSwap2 = kSide == 1 && 2 * kF >= 64;
