@@ -30,9 +30,9 @@ PERIODIC = {
     "even": [(16, 14, 28, 128), (112, 112, 4, 16), (32, 32, 14, 56), (448, 448, 1, 4, 1)],
     "odd": [(16, 7, 28, 256), (64, 256, 7, 7), (28, 28, 16, 64, 1), (64, 256, 7, 7, 2)],
 }
-#: layers that the Hopper gradient kernels are compiled for, and others whose A's are smaller, also odd
+#: layers that the Hopper gradient kernels were made for; others, of smaller A's, also odd, and LLaMA-2's MLP
 LLAMA = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (4096, 1024)]
-SMALLER_A = [(3584, 3584), (3840, 3840), (2560, 4096), (1024, 2304), (12288, 4096)]
+OTHERS = [(3584, 3584), (3840, 3840), (2560, 4096), (1024, 2304), (12288, 4096), (11008, 4096), (4096, 11008)]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (1, 5, 8, 9, 16, 17, 40, 64, 65, 200)
 by_case = pytest.mark.parametrize("name", PERIODIC)
@@ -64,7 +64,7 @@ def test_gradients(name, dtype):
 
 @pytest.mark.parametrize("tokens", (64, 131, 300))
 @pytest.mark.parametrize("r", (10, 7))
-@pytest.mark.parametrize("N, K", [*LLAMA, *SMALLER_A])
+@pytest.mark.parametrize("N, K", [*LLAMA, *OTHERS])
 def test_factored_gradients(N, K, r, tokens):
     """Planned shapes of common layers: pairs of components, and components alone."""
     m = Mixture(plan_shapes(N, K, r), tokens, torch.bfloat16, torch.bfloat16, make=shifted)

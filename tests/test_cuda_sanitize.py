@@ -23,7 +23,7 @@ MIXTURES = {
     "low rank": [(128, 1, 1, 512)] * 3,
 }
 #: layers whose planned shapes the Hopper gradient kernels know: a case of each family
-WIDE = ((4096, 4096), (14336, 4096), (1024, 4096), (3840, 3840))
+WIDE = ((4096, 4096), (14336, 4096), (1024, 4096), (3840, 3840), (11008, 4096))
 BF16 = torch.bfloat16
 
 

@@ -19,21 +19,21 @@ constexpr int slots_held(int chunks, int slot, int64_t rings, int64_t other_tile
 // a component may have.
 // kCost: cycles of a token on an H200, its group alone on 26 multiprocessors, and a tenth more for the group that then
 // ended last among all; for 1024 x 4096 in proportion to the wgmma instructions.
-template <int S1_, int L1_, int L2_, int S2_, int kCost>
+template <int S1_, int L1_, int L2_, int S2_, int kCost, int kPair_ = 2>
 struct GradShape {
-  static constexpr int kS1 = S1_, kL1 = L1_, kL2 = L2_, kS2 = S2_;
+  static constexpr int kS1 = S1_, kL1 = L1_, kL2 = L2_, kS2 = S2_, kPair = kPair_;
   static constexpr int kP1 = S1_ <= 8 ? 8 : S1_ <= 16 ? 16 : S1_ <= 32 ? 32 : S1_ <= 64 ? 64 : 128;  // S1 padded
   static constexpr int kTokens = 64 / (kP1 < kS2 ? kP1 : kS2);                                       // of a tile
-  static constexpr int kRows1 = kTokens * kP1, kRows2 = kTokens * kS2;                               // 64 or 128
+  static constexpr int kRows1 = kTokens * kP1, kRows2 = kTokens * kS2;                               // 64 to 256
   static_assert(kL1 % 64 == 0 && kL2 % 16 == 0 && kRows1 % 64 == 0 && kRows2 % 64 == 0);
 
   // T1 arrives in chunks of 64 columns, T2 in chunks of 64 rows.
   static constexpr int kChunks1 = kL1 / 64, kChunks2 = (kL2 + 63) / 64;
   static constexpr int kSlot1 = kRows1 * 128, kSlot2 = kRows2 * 128;
 
-  // Shared memory: both components' factors, side by side, the intermediates, and a ring of chunks of each T.
-  static constexpr int kFactor1 = kChunks1 * 2 * kS2 * 128, kFactor2 = kChunks2 * 2 * kP1 * 128;
-  static constexpr int kMiddle0 = kRows2 * 2 * kP1 * 2, kMiddle1 = kRows1 * 2 * kS2 * 2;
+  // Shared memory: the components' factors, side by side, the intermediates, and a ring of chunks of each T.
+  static constexpr int kFactor1 = kChunks1 * kPair * kS2 * 128, kFactor2 = kChunks2 * kPair * kP1 * 128;
+  static constexpr int kMiddle0 = kRows2 * kPair * kP1 * 2, kMiddle1 = kRows1 * kPair * kS2 * 2;
   static constexpr int kFixed = kFactor1 + kFactor2 + kMiddle0 + kMiddle1;
   static constexpr int kRings = kGradSmem - kGradBarriers - kFixed;
 
@@ -55,7 +55,7 @@ struct GradShape {
 // The same for kron_grad_square_sm90.cu: S1 = S2 = S, L1 = L2 = 4096 / S.
 template <int S>
 struct GradSquareShape {
-  static constexpr int kS1 = S, kL1 = 4096 / S, kL2 = kL1, kS2 = S, kP1 = S, kTokens = 64 / S;
+  static constexpr int kS1 = S, kL1 = 4096 / S, kL2 = kL1, kS2 = S, kP1 = S, kTokens = 64 / S, kPair = 2;
   static constexpr bool kExact = true, kMaps2 = true;
 
   static constexpr double cost() { return S == 64 ? 1024 : S == 32 ? 530 : 500; }  // cycles, measured on an H200
@@ -71,6 +71,10 @@ using GradSquare = GradFamily<GradSquareShape<16>, GradSquareShape<32>, GradSqua
 using GradMlp =
     GradFamily<GradShape<28, 512, 256, 16, 1715>, GradShape<56, 256, 128, 32, 2345>, GradShape<112, 128, 64, 64, 4700>,
                GradShape<32, 128, 224, 64, 2250>, GradShape<16, 256, 448, 32, 1705>>;
+// 11008 x 4096 and 4096 x 11008, where 43 is prime
+using GradMlp43 =
+    GradFamily<GradShape<43, 256, 256, 16, 1200, 1>, GradShape<43, 256, 128, 32, 2345>,
+               GradShape<86, 128, 64, 64, 4100>, GradShape<32, 128, 176, 64, 1900>, GradShape<16, 256, 352, 32, 1500>>;
 // 1024 x 4096; 1024 x 3072
 using GradKv =
     GradFamily<GradShape<8, 128, 256, 16, 430>, GradShape<16, 64, 128, 32, 530>, GradShape<64, 64, 32, 32, 930>,

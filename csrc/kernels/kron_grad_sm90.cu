@@ -7,7 +7,7 @@ namespace moka::cuda {
 namespace {
 
 struct ShapeRow {
-  int s1, l1, l2, s2, padded, tokens;
+  int s1, l1, l2, s2, padded, tokens, pair;
   bool exact, maps2;  // for no smaller A; T2 by a tensor map
   double cost;        // of one token, relative
 };
@@ -15,12 +15,12 @@ struct ShapeRow {
 template <class... Shapes>
 const ShapeRow* table(GradFamily<Shapes...>, int* count) {
   static constexpr ShapeRow rows[] = {{Shapes::kS1, Shapes::kL1, Shapes::kL2, Shapes::kS2, Shapes::kP1, Shapes::kTokens,
-                                       Shapes::kExact, Shapes::kMaps2, Shapes::cost()}...};
+                                       Shapes::kPair, Shapes::kExact, Shapes::kMaps2, Shapes::cost()}...};
   *count = sizeof...(Shapes);
   return rows;
 }
 
-constexpr int kFamilies = 4;
+constexpr int kFamilies = 5;
 
 const ShapeRow* family_table(int family, int* count) {
   switch (family) {
@@ -30,8 +30,10 @@ const ShapeRow* family_table(int family, int* count) {
       return table(GradMlp{}, count);
     case 2:
       return table(GradKv{}, count);
-    default:
+    case 3:
       return table(GradMedium{}, count);
+    default:
+      return table(GradMlp43{}, count);
   }
 }
 
@@ -64,11 +66,14 @@ bool plan_family(const KronParams& mixture, int family, GradPlan* plan) {
   plan->family = family;
   plan->count = 0;
   plan->slab = 0;
+  int count;
+  const ShapeRow* rows = family_table(family, &count);
   for (int i = 0; i < mixture.r; ++i) {
     const KronComponent& c = mixture.components[i];
     const GradGroup own = find_shape(family, c, i);
     if (own.shape < 0) return false;
     const auto takes = [&](const GradGroup& g) {
+      if (rows[g.shape].pair == 1) return false;
       return g.shape == own.shape && g.mirrored == own.mirrored && g.s1 == own.s1 && g.l2 == own.l2 && g.second < 0;
     };
     GradGroup *group = plan->group, *end = group + plan->count;
@@ -149,8 +154,10 @@ cudaError_t launch_kron_grad_sm90(const void* x, const void* dy, int64_t M, cons
       return launch_grad_mlp(p, sms, partial, stream);
     case 2:
       return launch_grad_kv(p, sms, partial, stream);
-    default:
+    case 3:
       return launch_grad_medium(p, sms, partial, stream);
+    default:
+      return launch_grad_mlp43(p, sms, partial, stream);
   }
 }
 

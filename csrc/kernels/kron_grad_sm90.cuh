@@ -3,7 +3,7 @@
 //
 // With A [S1, L2] and B [L1, S2], a token of T1 = dY is a matrix [S1, L1], of T2 = X a matrix [L2, S2]. (The other
 // order of the products is the same with the roles of A and B, and of X and dY, exchanged: a mirrored group.) With
-// F1 = B and F2 = A^T, of two components of one shape side by side:
+// F1 = B and F2 = A^T, of two components of one shape side by side (of one, where registers are too few for two):
 //   side 0:  P [(t,S1), 2 S2] = T1 F1          then  dF2 [L2, 2 S1] += T2 [L2, (t,S2)] P' [(t,S2), 2 S1]
 //   side 1:  V [(t,S2), 2 S1] = T2^T F2        then  dF1 [L1, 2 S2] += T1^T [L1, (t,S1)] V' [(t,S1), 2 S2]
 // where P' holds the same numbers as P: row (t, f) and column (component, r) instead of (t, r) and (component, f).
@@ -27,16 +27,17 @@ struct Side {
   static constexpr int kChunksF = kSide == 0 ? C::kChunks1 : C::kChunks2;
   static constexpr int kChunksG = kSide == 0 ? C::kChunks2 : C::kChunks1;
   static constexpr int kRowsF = kSide == 0 ? C::kRows1 : C::kRows2, kRowsG = kSide == 0 ? C::kRows2 : C::kRows1;
-  static constexpr int kF = kSide == 0 ? C::kP1 : C::kS2;  // a row of the first product is (t, kF),
-  static constexpr int kG = kSide == 0 ? C::kS2 : C::kP1;  // a column (component, kG)
+  static constexpr int kF = kSide == 0 ? C::kP1 : C::kS2;         // a row of the first product is (t, kF),
+  static constexpr int kG = kSide == 0 ? C::kS2 : C::kP1;         // a column (component, kG)
+  static constexpr int kFs = C::kPair * kF, kGs = C::kPair * kG;  // of all components
   static constexpr int kGUsed = kSide == 0 ? C::kS2 : C::kS1;
   // Side 1 reads T with K across the lines. wgmma does that faster for its second operand: then the product's
   // transpose is computed, where the other operand has the 64 rows for it.
-  static constexpr bool kSwap1 = kSide == 1 && 2 * kG >= 64, kSwap2 = kSide == 1 && 2 * kF >= 64;
+  static constexpr bool kSwap1 = kSide == 1 && kGs >= 64, kSwap2 = kSide == 1 && kFs >= 64;
   // wgmma's N, and blocks of 64 x N over the data's and the other operand's dimension, of both products
-  static constexpr int kN1 = kSwap1 ? 64 : 2 * kG < 128 ? 2 * kG : 128, kOther1 = kSwap1 ? 64 : kN1;
-  static constexpr int kN2 = kSwap2 ? 64 : 2 * kF < 128 ? 2 * kF : 128, kOther2 = kSwap2 ? 64 : kN2;
-  static constexpr int kBlocks1 = kRowsF / 64 * (2 * kG / kOther1), kBlocks2 = 2 * kF / kOther2;
+  static constexpr int kN1 = kSwap1 ? 64 : kGs < 128 ? kGs : 128, kOther1 = kSwap1 ? 64 : kN1;
+  static constexpr int kN2 = kSwap2 ? 64 : kFs < 128 ? kFs : 128, kOther2 = kSwap2 ? 64 : kN2;
+  static constexpr int kBlocks1 = kRowsF / 64 * (kGs / kOther1), kBlocks2 = kFs / kOther2;
   static constexpr int kPasses = (kBlocks1 * kN1 + 127) / 128, kBlocksPass = kBlocks1 / kPasses;  // 64 registers each
   static constexpr int kStep = kSide == 0 ? 32 : 2048;  // bytes of 16 of K: side 0 has it along the lines, 1 across
 };
@@ -99,7 +100,7 @@ __device__ void consume(RF ring_f, RG ring_g, uint32_t factor, uint32_t middle, 
           for (int b = 0; b < D::kBlocksPass; ++b) {
             const int block = pass * D::kBlocksPass + b, m = block % (D::kRowsF / 64), n = block / (D::kRowsF / 64);
             product<D::kN1, kSide, D::kSwap1>(d[b], chunk + m * 8192 + k * D::kStep,
-                                              factor + (c * 2 * D::kG + n * D::kOther1) * 128 + k * 32, c + k > 0);
+                                              factor + (c * D::kGs + n * D::kOther1) * 128 + k * 32, c + k > 0);
           }
         }
         wgmma_commit();
@@ -123,8 +124,7 @@ __device__ void consume(RF ring_f, RG ring_g, uint32_t factor, uint32_t middle, 
           const int row = m * 64 + (D::kSwap1 ? d_column : d_row),
                     column = n * D::kOther1 + (D::kSwap1 ? d_row : d_column);
           const int t = row / D::kF, r = row % D::kF, component = column / D::kG, f = column % D::kG;
-          store_matrices<D::kSwap1>(middle + swizzled(2 * D::kF, component * D::kF + r + i, t * D::kG + f),
-                                    &d[b][4 * j]);
+          store_matrices<D::kSwap1>(middle + swizzled(D::kFs, component * D::kF + r + i, t * D::kG + f), &d[b][4 * j]);
         }
       }
     }
@@ -144,7 +144,7 @@ __device__ void consume(RF ring_f, RG ring_g, uint32_t factor, uint32_t middle, 
 #pragma unroll
         for (int n = 0; n < D::kBlocks2; ++n)
           product<D::kN2, kSide, D::kSwap2>(acc[c][n], chunk + k / 4 * 8192 + k % 4 * D::kStep,
-                                            middle + (k / 4 * 2 * D::kF + n * D::kOther2) * 128 + k % 4 * 32, 1);
+                                            middle + (k / 4 * D::kFs + n * D::kOther2) * 128 + k % 4 * 32, 1);
       }
       wgmma_commit();
       wgmma_wait<1>();
@@ -213,12 +213,12 @@ __device__ void run_side(const GradLaunch& p, int g, uint8_t* smem, float* parti
   const bool whole = kSide == 0 || (group.s1 == C::kS1 && group.l2 == C::kL2);
   const auto load = [&](int i, const auto* factor) {
     if (whole)
-      load_factor<kSide == 0 ? C::kS2 : C::kS1, kSide == 0 ? C::kL1 : C::kL2>(smem + kAt, 2 * P, i * P, factor,
+      load_factor<kSide == 0 ? C::kS2 : C::kS1, kSide == 0 ? C::kL1 : C::kL2>(smem + kAt, C::kPair * P, i * P, factor,
                                                                               natural);
     else
-      load_factor(smem + kAt, 2 * P, i * P, factor, group.s1, group.l2, natural);
+      load_factor(smem + kAt, C::kPair * P, i * P, factor, group.s1, group.l2, natural);
   };
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < C::kPair; ++i) {
     const void* factor = kSide == 0 ? p.f1[g][i] : p.f2[g][i];
     if (!factor) continue;
     if (p.factor_fp32)
@@ -309,5 +309,6 @@ cudaError_t launch_grad_square(const GradLaunch& p, int sms, float* partial, cud
 cudaError_t launch_grad_mlp(const GradLaunch& p, int sms, float* partial, cudaStream_t stream);
 cudaError_t launch_grad_kv(const GradLaunch& p, int sms, float* partial, cudaStream_t stream);
 cudaError_t launch_grad_medium(const GradLaunch& p, int sms, float* partial, cudaStream_t stream);
+cudaError_t launch_grad_mlp43(const GradLaunch& p, int sms, float* partial, cudaStream_t stream);
 
 }  // namespace moka::cuda
