@@ -18,7 +18,7 @@ constexpr int slots_held(int chunks, int slot, int64_t rings, int64_t other_tile
 // A token of T1 is a matrix [S1, L1], of T2 a matrix [L2, S2]; kron_grad_sm90.cuh explains. S1 and L2 are the most that
 // a component may have.
 // kCost: cycles of a token on an H200, its group alone on 26 multiprocessors, and a tenth more for the group that then
-// ended last among all; for 1024 x 4096 in proportion to the wgmma instructions.
+// ended last among all, where that is faster; for 1024 x 4096 in proportion to the wgmma instructions.
 template <int S1_, int L1_, int L2_, int S2_, int kCost, int kPair_ = 2>
 struct GradShape {
   static constexpr int kS1 = S1_, kL1 = L1_, kL2 = L2_, kS2 = S2_, kPair = kPair_;
@@ -73,8 +73,8 @@ using GradMlp =
                GradShape<32, 128, 224, 64, 2250>, GradShape<16, 256, 448, 32, 1705>>;
 // 11008 x 4096 and 4096 x 11008, where 43 is prime
 using GradMlp43 =
-    GradFamily<GradShape<43, 256, 256, 16, 1200, 1>, GradShape<43, 256, 128, 32, 2345>,
-               GradShape<86, 128, 64, 64, 4100>, GradShape<32, 128, 176, 64, 1900>, GradShape<16, 256, 352, 32, 1500>>;
+    GradFamily<GradShape<43, 256, 256, 16, 1450, 1>, GradShape<43, 256, 128, 32, 2350>,
+               GradShape<86, 128, 64, 64, 4210>, GradShape<32, 128, 176, 64, 1930>, GradShape<16, 256, 352, 32, 1650>>;
 // 1024 x 4096; 1024 x 3072
 using GradKv =
     GradFamily<GradShape<8, 128, 256, 16, 430>, GradShape<16, 64, 128, 32, 530>, GradShape<64, 64, 32, 32, 930>,
