@@ -189,6 +189,40 @@ def test_linear_of_few_tokens(N, K, dtype, double_quant):
         assert_close_by_rule(y, layer.product(x, bias, mixture=mixture), eager, dtype, roundings(x, "auto"))
 
 
+#: factors in whole vectors and not, components in pairs and alone, rests of 16 rows, slices and terms
+SEVERAL = {
+    "square": SQUARE * 2,
+    "odd": SQUARE[1:4] * 2 + SQUARE[:3],
+    "3584 x 3584": plan_shapes(3584, 3584, 7),
+    "1024 x 4096": plan_shapes(1024, 4096, 10),
+    "4096 x 14336": plan_shapes(4096, 14336, 10),
+    "rests": [
+        (20, 14, 28, 128),
+        *[(28, 7, 20, 256)] * 2,
+        (140, 224, 4, 8),
+        (7, 56, 80, 32),
+        (7, 224, 80, 8),
+        (14, 28, 40, 64),
+    ],
+}
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "moved"])
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_mixture_of_several_tokens(name, factors, aligned):
+    """The kernel that takes tokens and components together, before both products with the weight."""
+    first = SEVERAL[name][0]
+    layer = Layer(first[0] * first[2], first[1] * first[3], 64, SEVERAL[name], torch.bfloat16, True)
+    layer.A, layer.B = layer.A.to(factors), layer.B.to(factors)
+    if not aligned:
+        layer.A, layer.B = moved(layer.A), moved(layer.B)
+    for tokens in (5, 8, 19, 33, 63, 128):
+        x = layer.x(tokens)
+        eager = plain(layer, x, None, False, True, "auto")
+        assert_close_by_rule(layer.linear(x), layer.product(x), eager, torch.bfloat16, roundings(x, "auto"))
+
+
 def test_linear_exact():
     """Codes -1, 0 and 1, scales that are powers of two: bits must agree at every token count."""
     layer = make_layer("square", double_quant=False, make=integers)

@@ -22,6 +22,7 @@ MIXTURES = {
     "any shape, by four columns": [(16, 128, 8, 4), (4, 16, 32, 32)],
     "low rank": [(128, 1, 1, 512)] * 3,
 }
+RESTS = [*[(20, 14, 28, 128), (7, 224, 80, 8)] * 2, (28, 7, 20, 256)]
 #: layers whose planned shapes the Hopper gradient kernels know: a case of each family
 WIDE = ((4096, 4096), (14336, 4096), (1024, 4096), (3840, 3840), (11008, 4096))
 BF16 = torch.bfloat16
@@ -133,6 +134,8 @@ CASES = {
     **{f"linear {args}": (linear, *args) for args in ((5, 8464, False), (13, 8512, False), (6, 8512, True))},
     # whose factors are loaded entry by entry
     **{f"linear {n}, uneven": (linear, n, 48, True, [(4, 14, 12, 128), (3, 256, 16, 7)]) for n in (1, 9)},
+    # in pairs of components and alone, with rests of slices, terms and rows
+    **{f"linear {n}, rests": (linear, n, 560, True, RESTS) for n in (7, 35)},
     **{f"rows {args}": (rows, *args) for args in ((5, 48), (40, 128))},
     **{f"lora {rank} {d}": (lora, rank, d) for rank in (3, 24) for d in (BF16, torch.float32)},
     **{f"lora gradients {args}": (lora_grad, *args) for args in ((513, 264, 8), (800, 16648, 16))},

@@ -1,6 +1,7 @@
 // The few-token kernels' launches and what they support; see decode_cuda.h.
 #include "decode_cuda.h"
 #include "decode_linear.cuh"
+#include "decode_mixture_many.cuh"
 
 namespace moka::cuda {
 namespace {
@@ -9,7 +10,23 @@ namespace {
 // it alike; mixtures gain from the cache. H200.
 constexpr int kSharedPercent = 100;  // two thread blocks of the decode kernel
 constexpr int kMixturePercent = 72;  // one, beside those of a mixture
-constexpr int kSharesPercent = 44;   // a mixture's, with another kernel to follow
+constexpr int kSharesPercent = 44;   // mixture_kernel's, with another kernel to follow
+
+// H200: for up to so many tokens mixture_kernel is faster, and mixture_many_kernel is where a thread block of it has
+// room beside one of the decode kernel.
+constexpr int kFewTokens = 4;
+constexpr int kManyBytes = 88 << 10;
+
+// Whether mixture_many_kernel takes this mixture within so much shared memory: x in units of 16 bytes, y by fours.
+bool takes_many(Dtype dtype, int64_t tokens, const MixtureArgs& mix, int bytes) {
+  const KronParams& p = mix.shapes;
+  bool ok = dtype == Dtype::kBF16 && tokens > kFewTokens && !mix.adapter && p.r > 0;
+  for (int64_t i = 0; i < p.r; ++i) {
+    const KronComponent& c = p.components[i];
+    ok = ok && c.identity == Identity::kNone && c.nb % 8 == 0 && c.mb % 4 == 0;
+  }
+  return ok && many_bytes(plan_mixture(p, true), p.K, 2) <= bytes;
+}
 
 struct DecodeArgs {
   const void* x;
@@ -18,7 +35,8 @@ struct DecodeArgs {
   int shift2 = 0;
   const void* bias;
   const MixtureArgs& mix;
-  const MixturePlan& plan;
+  bool many;  // mixture_many_kernel rather than mixture_kernel
+  MixturePlan plan;
   float* shares;
   void* y;
   cudaStream_t stream;
@@ -29,14 +47,16 @@ struct DecodeArgs {
   int per_device;  // thread blocks of the decode kernel, for one group of tokens
   int percent;
 
-  DecodeArgs(const void* x, int64_t tokens, const Nf4Params& w, const void* bias, const MixtureArgs& mix,
-             const MixturePlan& plan, float* shares, void* y, cudaStream_t stream)
+  // many_bytes: as much as mixture_many_kernel may take
+  DecodeArgs(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias, const MixtureArgs& mix,
+             int many_bytes, float* shares, void* y, cudaStream_t stream)
       : x(x),
         tokens(static_cast<int>(tokens)),
         w(w),
         bias(bias),
         mix(mix),
-        plan(plan),
+        many(takes_many(dtype, tokens, mix, many_bytes)),
+        plan(plan_mixture(mix.shapes, many)),
         shares(shares),
         y(y),
         stream(stream) {
@@ -91,18 +111,35 @@ cudaError_t launch_mixture(const DecodeArgs& d) {
                 static_cast<const T*>(d.x), d.tokens, f, adapters, d.plan, d.w, d.shift2, fetchers, d.shares);
 }
 
+template <typename TF, int kTokens>
+cudaError_t launch_many(const DecodeArgs& d) {
+  const int bytes = many_bytes(d.plan, d.w.K, kTokens);
+  const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
+  const int fetchers = d.prefetches(d.w.N) ? kPrefetchBlocks : 0;
+  const dim3 grid(static_cast<unsigned>(fetchers + d.plan.blocks * ceil_div(d.tokens, kTokens)));
+  auto* kernel = is_vector(d.mix) ? mixture_many_kernel<TF, kTokens, true> : mixture_many_kernel<TF, kTokens, false>;
+  return launch(d, kernel, grid, kMixtureThreads, bytes, static_cast<const __nv_bfloat16*>(d.x), d.tokens, f, d.plan,
+                d.w, d.shift2, fetchers, d.shares);
+}
+
 template <typename T, int MT, int NT>
 cudaError_t launch_main(const DecodeArgs& d) {
   auto* kernel = d.plan.r ? decode_kernel<T, MT, NT, true> : decode_kernel<T, MT, NT, false>;
   const dim3 grid(static_cast<unsigned>(d.per_device), static_cast<unsigned>(ceil_div(d.tokens, 8 * NT)));
   return launch(d, kernel, grid, kDecodeThreads, decode_bytes<MT>(), static_cast<const T*>(d.x), d.tokens, d.w,
-                d.shift2, static_cast<const T*>(d.bias), d.shares, d.plan.r, d.mix.adapter,
+                d.shift2, static_cast<const T*>(d.bias), d.shares, d.plan.groups, d.mix.adapter,
                 !d.plan.r && d.prefetches(16 * MT * d.per_device), static_cast<T*>(d.y));
 }
 
 template <typename T>
 cudaError_t shares(const DecodeArgs& d) {
   const bool fp32 = d.mix.factor_dtype == Dtype::kF32;
+  if (d.many) {
+    // H200: beside the decode kernel two tokens at a time, else four
+    if (d.y || many_bytes(d.plan, d.w.K, 4) > d.optin)
+      return fp32 ? launch_many<float, 2>(d) : launch_many<__nv_bfloat16, 2>(d);
+    return fp32 ? launch_many<float, 4>(d) : launch_many<__nv_bfloat16, 4>(d);
+  }
   const bool several = d.tokens > 4 && !d.mix.adapter && mixture_bytes(d.plan, fp32 ? 4 : 2, 2) <= d.optin;
   if (fp32) return several ? launch_mixture<T, float, 2>(d) : launch_mixture<T, float, 1>(d);
   return several ? launch_mixture<T, T, 2>(d) : launch_mixture<T, T, 1>(d);
@@ -132,16 +169,21 @@ bool decode_supports(const MixtureArgs& mix) {
   const KronParams& p = mix.shapes;
   if (p.r > kMaxDecodeComponents || p.K >= 1 << 20) return false;
   const int entry = mix.factor_dtype == Dtype::kF32 ? 4 : 2;
-  return mixture_bytes(plan_mixture(p), entry, 1) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return mixture_bytes(plan_mixture(p, false), entry, 1) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+bool shares_are_fast(Dtype dtype, int64_t tokens, const MixtureArgs& mix) {
+  return takes_many(dtype, tokens, mix, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixture.r * mixture.N * tokens; }
 
 cudaError_t launch_shares(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const MixtureArgs& mix,
-                          float* scratch, cudaStream_t stream) {
-  const MixturePlan plan = plan_mixture(mix.shapes);
-  DecodeArgs d(x, tokens, w, nullptr, mix, plan, scratch, nullptr, stream);
-  d.percent = kSharesPercent;
+                          float* scratch, int* count, cudaStream_t stream) {
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  DecodeArgs d(x, dtype, tokens, w, nullptr, mix, most, scratch, nullptr, stream);
+  d.percent = d.many ? kSharedPercent : kSharesPercent;
+  *count = d.plan.groups;
   return dtype == Dtype::kBF16 ? shares<__nv_bfloat16>(d) : shares<__half>(d);
 }
 
@@ -149,8 +191,7 @@ cudaError_t launch_decode(const void* x, Dtype dtype, int64_t tokens, const Nf4P
                           const MixtureArgs& mix, float* scratch, void* y, cudaStream_t stream) {
   if (tokens == 0 || w.N == 0) return cudaSuccess;
   if (tokens > kMaxDecodeTokens) return cudaErrorInvalidValue;
-  const MixturePlan plan = plan_mixture(mix.shapes);
-  const DecodeArgs d(x, tokens, w, bias, mix, plan, scratch, y, stream);
+  const DecodeArgs d(x, dtype, tokens, w, bias, mix, kManyBytes, scratch, y, stream);
   return dtype == Dtype::kBF16 ? decode<__nv_bfloat16>(d) : decode<__half>(d);
 }
 

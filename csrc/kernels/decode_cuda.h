@@ -22,10 +22,14 @@ bool decode_supports(const MixtureArgs& mix);
 // Floats of scratch that launch_decode needs for the mixture's intermediates.
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens);
 
-// The mixture's shares of y, fp32 [r, tokens, N] in `scratch`; with decode_supports(w), and x of fp16 or bf16. The next
-// kernel may start before this one has ended, but not before those in front of it have.
+// Whether launch_shares takes several tokens and components of it at a time: in bf16, without identities, nb a multiple
+// of 8 and mb of 4, one adapter.
+bool shares_are_fast(Dtype dtype, int64_t tokens, const MixtureArgs& mix);
+
+// The mixture's shares of y, fp32 [count, tokens, N] in `scratch`, with count at most r; with decode_supports(w), and x
+// of fp16 or bf16. The next kernel may start before this one has ended, but not before those in front of it have.
 cudaError_t launch_shares(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const MixtureArgs& mix,
-                          float* scratch, cudaStream_t stream);
+                          float* scratch, int* count, cudaStream_t stream);
 
 // x [tokens, K] and y [tokens, N] of `dtype` (fp16 or bf16), bias [N] of it or null; at most two launches.
 cudaError_t launch_decode(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias,

@@ -49,18 +49,19 @@ __device__ __forceinline__ void prefetch_rows(const Nf4Params& w, int shift2, in
   }
 }
 
-// One component: `first` [slices, terms] contracts x, `second` [rows, middle] what comes of it.
+// One component, or two of one shape: `first` [slices, terms] contracts x, `second` [rows, middle] what comes of it.
 struct Half {
   int a_first, identity;  // identity: `first` is
   int slices, terms, middle, rows;
-  int first_offset, second_offset;  // of the factors
-  int x_term, x_middle;             // steps in x
-  int y_slice, y_row;               // steps in y
+  int count, component[2];
+  int first_offset[2], second_offset[2];  // of the factors
+  int x_term, x_middle;                   // steps in x
+  int y_slice, y_row;                     // steps in y
   int first_block;
 };
 
 struct MixturePlan {
-  int r, blocks;
+  int r, groups, blocks;
   Half half[kMaxDecodeComponents];
 };
 
@@ -77,10 +78,11 @@ __host__ __device__ constexpr int term_parts(int middle) {
   return tiles < kMixtureThreads / 32 ? kMixtureThreads / 32 / tiles : 1;
 }
 
-inline MixturePlan plan_mixture(const KronParams& p) {
+// `pairs`: components of one shape share a group, two at a time.
+inline MixturePlan plan_mixture(const KronParams& p, bool pairs) {
   MixturePlan plan;
   plan.r = static_cast<int>(p.r);
-  plan.blocks = 0;
+  plan.groups = plan.blocks = 0;
   for (int i = 0; i < plan.r; ++i) {
     const KronComponent& c = p.components[i];
     const int ma = static_cast<int>(c.ma), na = static_cast<int>(c.na), mb = static_cast<int>(c.mb);
@@ -88,9 +90,22 @@ inline MixturePlan plan_mixture(const KronParams& p) {
     bool a_first = c.ma * c.nb * (c.na + c.mb) <= c.na * c.mb * (c.nb + c.ma);
     if (c.identity != Identity::kNone) a_first = c.identity == Identity::kA;
     const int identity = c.identity != Identity::kNone;
-    plan.half[i] = a_first ? Half{1, identity, ma, na, nb, mb, a, b, nb, 1, mb, 1, plan.blocks}
-                           : Half{0, identity, mb, nb, na, ma, b, a, 1, nb, 1, mb, plan.blocks};
-    plan.blocks += static_cast<int>(ceil_div(plan.half[i].slices, kSlices));
+    const Half own = a_first ? Half{1, identity, ma, na, nb, mb, 1, {i, i}, {a, a}, {b, b}, nb, 1, mb, 1, plan.blocks}
+                             : Half{0, identity, mb, nb, na, ma, 1, {i, i}, {b, b}, {a, a}, 1, nb, 1, mb, plan.blocks};
+    int g = pairs ? 0 : plan.groups;
+    const auto takes = [&](const Half& h) {
+      return h.count == 1 && h.a_first == own.a_first && h.slices == own.slices && h.terms == own.terms &&
+             h.middle == own.middle && h.rows == own.rows;
+    };
+    while (g < plan.groups && !takes(plan.half[g])) ++g;
+    if (g < plan.groups) {
+      Half& h = plan.half[g];
+      h.count = 2, h.component[1] = i;
+      h.first_offset[1] = own.first_offset[0], h.second_offset[1] = own.second_offset[0];
+      continue;
+    }
+    plan.half[plan.groups++] = own;
+    plan.blocks += static_cast<int>(ceil_div(own.slices, kSlices));
   }
   return plan;
 }
@@ -122,13 +137,13 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
   const int token = (blockIdx.x - fetchers) / plan.blocks * kTokens, block = (blockIdx.x - fetchers) % plan.blocks;
   const int own = min(kTokens, tokens - token);
   int i = 0;
-  while (i + 1 < plan.r && block >= plan.half[i + 1].first_block) ++i;
+  while (i + 1 < plan.groups && block >= plan.half[i + 1].first_block) ++i;
   const Half& h = plan.half[i];
   const int slice0 = (block - h.first_block) * kSlices, slices = min(kSlices, h.slices - slice0);
   const int stride = middle_stride(h.middle), parts = term_parts(h.middle), tiles = (h.middle + 15) / 16;
   const int steps = (h.terms + 15) / 16, row_tiles = (h.rows + 15) / 16;
-  const TF* first = (h.a_first ? f.A : f.B) + h.first_offset + static_cast<int64_t>(slice0) * h.terms;
-  const TF* second = (h.a_first ? f.B : f.A) + h.second_offset;
+  const TF* first = (h.a_first ? f.A : f.B) + h.first_offset[0] + static_cast<int64_t>(slice0) * h.terms;
+  const TF* second = (h.a_first ? f.B : f.A) + h.second_offset[0];
   const float* alpha_of = f.alpha + i;
   x += static_cast<int64_t>(token) * w.K;
 
@@ -272,7 +287,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
 // Bytes of shared memory that the kernel needs for factors of so many bytes an entry, and so many tokens at a time.
 inline int mixture_bytes(const MixturePlan& plan, int entry, int tokens) {
   int bytes = 0;
-  for (int i = 0; i < plan.r; ++i) {
+  for (int i = 0; i < plan.groups; ++i) {
     const int middle = plan.half[i].middle;
     bytes = std::max(bytes, term_parts(middle) * kSlices * middle_stride(middle) * 4);
   }

@@ -287,13 +287,14 @@ cudaError_t launch_nf4_gemm_sm90(const void* x, Dtype dtype, int64_t tokens, con
                                  const MixtureArgs& mix, float* scratch, void* y, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
   if (encode_tiled() == nullptr) return cudaErrorNotSupported;
+  int shares = 0;
   if (mix.shapes.r > 0) {
-    const cudaError_t error = launch_shares(x, dtype, tokens, w, mix, scratch, stream);
+    const cudaError_t error = launch_shares(x, dtype, tokens, w, mix, scratch, &shares, stream);
     if (error != cudaSuccess) return error;
   }
   GemmLaunch p;
   p.w = w, p.bias = bias, p.y = y;
-  p.shares = {scratch, static_cast<int>(mix.shapes.r), mix.adapter};
+  p.shares = {scratch, shares, mix.adapter};
   p.tokens = static_cast<int>(tokens), p.chunks = static_cast<int>(w.K / kChunk), p.shift2 = 0;
   while (!w.absmax && (int64_t{1} << p.shift2) < w.blocksize2) ++p.shift2;
   return dtype == Dtype::kBF16 ? launch_any<__nv_bfloat16>(p, x, stream) : launch_any<__half>(p, x, stream);
