@@ -77,6 +77,13 @@ struct DecodeArgs {
   }
   // Whether so many of its rows are fetched ahead.
   bool prefetches(int64_t rows) const { return overlapping && rows * w.K / 2 <= kPrefetchBytes; }
+  // Thread blocks of a mixture's kernel that do so with all of them.
+  int fetchers() const { return prefetches(w.N) ? kPrefetchBlocks : 0; }
+
+  template <typename TF>
+  Factors<TF> factors() const {
+    return {static_cast<const TF*>(mix.A), static_cast<const TF*>(mix.B), mix.alpha};
+  }
 };
 
 template <typename... Params, typename... Args>
@@ -102,24 +109,21 @@ bool is_vector(const MixtureArgs& mix) {
 
 template <typename T, typename TF, int kTokens>
 cudaError_t launch_mixture(const DecodeArgs& d) {
-  const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
   const Adapters adapters = {d.mix.adapter, d.mix.a_stride, d.mix.b_stride};
-  const int fetchers = d.prefetches(d.w.N) ? kPrefetchBlocks : 0;
-  const dim3 grid(static_cast<unsigned>(fetchers + d.plan.blocks * ceil_div(d.tokens, kTokens)));
+  const dim3 grid(static_cast<unsigned>(d.fetchers() + d.plan.blocks * ceil_div(d.tokens, kTokens)));
   auto* kernel = is_vector(d.mix) ? mixture_kernel<T, TF, kTokens, true> : mixture_kernel<T, TF, kTokens, false>;
   return launch(d, kernel, grid, kMixtureThreads, mixture_bytes(d.plan, sizeof(TF), kTokens),
-                static_cast<const T*>(d.x), d.tokens, f, adapters, d.plan, d.w, d.shift2, fetchers, d.shares);
+                static_cast<const T*>(d.x), d.tokens, d.factors<TF>(), adapters, d.plan, d.w, d.shift2, d.fetchers(),
+                d.shares);
 }
 
 template <typename TF, int kTokens>
 cudaError_t launch_many(const DecodeArgs& d) {
   const int bytes = many_bytes(d.plan, d.w.K, kTokens);
-  const Factors<TF> f = {static_cast<const TF*>(d.mix.A), static_cast<const TF*>(d.mix.B), d.mix.alpha};
-  const int fetchers = d.prefetches(d.w.N) ? kPrefetchBlocks : 0;
-  const dim3 grid(static_cast<unsigned>(fetchers + d.plan.blocks * ceil_div(d.tokens, kTokens)));
+  const dim3 grid(static_cast<unsigned>(d.fetchers() + d.plan.blocks * ceil_div(d.tokens, kTokens)));
   auto* kernel = is_vector(d.mix) ? mixture_many_kernel<TF, kTokens, true> : mixture_many_kernel<TF, kTokens, false>;
-  return launch(d, kernel, grid, kMixtureThreads, bytes, static_cast<const __nv_bfloat16*>(d.x), d.tokens, f, d.plan,
-                d.w, d.shift2, fetchers, d.shares);
+  return launch(d, kernel, grid, kMixtureThreads, bytes, static_cast<const __nv_bfloat16*>(d.x), d.tokens,
+                d.factors<TF>(), d.plan, d.w, d.shift2, d.fetchers(), d.shares);
 }
 
 template <typename T, int MT, int NT>

@@ -49,6 +49,12 @@ __device__ __forceinline__ void prefetch_rows(const Nf4Params& w, int shift2, in
   }
 }
 
+// One of `parts` thread blocks, the first ones, that fetch the whole weight.
+__device__ __forceinline__ void prefetch_part(const Nf4Params& w, int shift2, int parts) {
+  const int N = static_cast<int>(w.N), each = static_cast<int>(ceil_div(N, parts)), row = blockIdx.x * each;
+  if (row < N) prefetch_rows(w, shift2, row, min(each, N - row));
+}
+
 // One component, or two of one shape: `first` [slices, terms] contracts x, `second` [rows, middle] what comes of it.
 struct Half {
   int a_first, identity;  // identity: `first` is
@@ -129,8 +135,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
   // [kTokens, parts, kSlices, stride]
   float* const v = reinterpret_cast<float*>(smem + kAhead * 2 * kPiece * sizeof(TF));
   if (static_cast<int>(blockIdx.x) < fetchers) {
-    const int N = static_cast<int>(w.N), each = static_cast<int>(ceil_div(N, fetchers)), row = blockIdx.x * each;
-    if (row < N) prefetch_rows(w, shift2, row, min(each, N - row));
+    prefetch_part(w, shift2, fetchers);
     return;
   }
   const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, quad = thread % 4;

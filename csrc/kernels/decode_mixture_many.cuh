@@ -84,7 +84,7 @@ struct ManyLayout {
   int first_bytes, second_bytes;
 
   __host__ __device__ ManyLayout(const Half& h, int K, int tokens) {
-    first_bytes = kSlices * round_up(h.terms, 16) * 2,
+    first_bytes = kSlices * round_up(h.terms, 16) * 2;
     second_bytes = round_up(h.rows * round_up(h.middle, 16) * 2, 128);
     first = round_up(tokens * K * 2, 128);
     second = first + h.count * first_bytes;
@@ -231,8 +231,7 @@ __global__ void __launch_bounds__(kMixtureThreads, 2)
                         const __grid_constant__ Nf4Params w, int shift2, int fetchers, float* shares) {
   extern __shared__ __align__(16) uint8_t smem[];
   if (static_cast<int>(blockIdx.x) < fetchers) {
-    const int N = static_cast<int>(w.N), each = static_cast<int>(ceil_div(N, fetchers)), row = blockIdx.x * each;
-    if (row < N) prefetch_rows(w, shift2, row, min(each, N - row));
+    prefetch_part(w, shift2, fetchers);
     return;
   }
   const int token = (blockIdx.x - fetchers) / plan.blocks * kTokens, block = (blockIdx.x - fetchers) % plan.blocks;
