@@ -131,7 +131,7 @@ __host__ __device__ constexpr int decode_bytes() {
 
 // A thread block computes tiles of 16 MT rows of y for up to 8 NT tokens, which blockIdx.y names; its warps share out
 // K. It takes half of a multiprocessor of Hopper's, so that the next launch can begin beside it. With a mixture the
-// launch before is mixture_kernel, which lets this one start once the kernels before it are complete: x may be read
+// launch before is the mixture's, which lets this one start once the kernels before it are complete: x may be read
 // then, past the L1, but not yet the shares. (A nested absmax goes through the L1: whatever writes a weight lets
 // nothing start before it has ended, and the L1 starts empty.)
 template <typename T, int MT, int NT, bool kMixture>
