@@ -46,10 +46,15 @@ def on_the_gpu():
         yield
 
 
-def make_layer(name, dtype=torch.bfloat16, double_quant=True, make=torch.randn):
+def layer_of(shapes, dtype=torch.bfloat16, double_quant=True, make=torch.randn):
+    """A layer of the size that these components give."""
+    ma, na, mb, nb = shapes[0][:4]
+    return Layer(ma * mb, na * nb, 64, shapes, dtype, double_quant, make)
+
+
+def make_layer(name, *args, **kwargs):
     """A layer of one of PERIODIC."""
-    ma, na, mb, nb = PERIODIC[name][0][:4]
-    return Layer(ma * mb, na * nb, 64, PERIODIC[name], dtype, double_quant, make)
+    return layer_of(PERIODIC[name], *args, **kwargs)
 
 
 @by_dtype
@@ -191,8 +196,7 @@ def test_linear_of_few_tokens(N, K, dtype, double_quant):
 
 #: factors in whole vectors and not, components in pairs and alone, rests of 16 rows, slices and terms
 SEVERAL = {
-    "square": SQUARE * 2,
-    "odd": SQUARE[1:4] * 2 + SQUARE[:3],
+    **{name: PERIODIC[name] for name in ("square", "square_three")},
     "3584 x 3584": plan_shapes(3584, 3584, 7),
     "1024 x 4096": plan_shapes(1024, 4096, 10),
     "4096 x 14336": plan_shapes(4096, 14336, 10),
@@ -212,8 +216,7 @@ SEVERAL = {
 @pytest.mark.parametrize("name", SEVERAL)
 def test_mixture_of_several_tokens(name, factors, aligned):
     """The kernel that takes tokens and components together, before both products with the weight."""
-    first = SEVERAL[name][0]
-    layer = Layer(first[0] * first[2], first[1] * first[3], 64, SEVERAL[name], torch.bfloat16, True)
+    layer = layer_of(SEVERAL[name])
     layer.A, layer.B = layer.A.to(factors), layer.B.to(factors)
     if not aligned:
         layer.A, layer.B = moved(layer.A), moved(layer.B)

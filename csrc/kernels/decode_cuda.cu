@@ -17,15 +17,19 @@ constexpr int kSharesPercent = 44;   // mixture_kernel's, with another kernel to
 constexpr int kFewTokens = 4;
 constexpr int kManyBytes = 88 << 10;
 
-// Whether mixture_many_kernel takes this mixture within so much shared memory: x in units of 16 bytes, y by fours.
-bool takes_many(Dtype dtype, int64_t tokens, const MixtureArgs& mix, int bytes) {
+int most_shared() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// For mixture_many_kernel, if that takes the mixture within `room` bytes: x in units of 16 bytes, y by fours. Else for
+// mixture_kernel.
+MixturePlan choose_plan(Dtype dtype, int64_t tokens, const MixtureArgs& mix, int room) {
   const KronParams& p = mix.shapes;
-  bool ok = dtype == Dtype::kBF16 && tokens > kFewTokens && !mix.adapter && p.r > 0;
+  bool many = dtype == Dtype::kBF16 && tokens > kFewTokens && !mix.adapter && p.r > 0;
   for (int64_t i = 0; i < p.r; ++i) {
     const KronComponent& c = p.components[i];
-    ok = ok && c.identity == Identity::kNone && c.nb % 8 == 0 && c.mb % 4 == 0;
+    many = many && c.identity == Identity::kNone && c.nb % 8 == 0 && c.mb % 4 == 0;
   }
-  return ok && many_bytes(plan_mixture(p, true), p.K, 2) <= bytes;
+  const MixturePlan plan = plan_mixture(p, many);
+  return many && many_bytes(plan, p.K, 2) > room ? plan_mixture(p, false) : plan;
 }
 
 struct DecodeArgs {
@@ -35,28 +39,26 @@ struct DecodeArgs {
   int shift2 = 0;
   const void* bias;
   const MixtureArgs& mix;
-  bool many;  // mixture_many_kernel rather than mixture_kernel
   MixturePlan plan;
   float* shares;
   void* y;
   cudaStream_t stream;
   bool overlapping = can_overlap();
   int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  int optin = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int optin = most_shared();
   bool pairs;      // of row tiles per thread block
   int per_device;  // thread blocks of the decode kernel, for one group of tokens
   int percent;
 
-  // many_bytes: as much as mixture_many_kernel may take
+  // room: bytes of shared memory that mixture_many_kernel may take
   DecodeArgs(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias, const MixtureArgs& mix,
-             int many_bytes, float* shares, void* y, cudaStream_t stream)
+             int room, float* shares, void* y, cudaStream_t stream)
       : x(x),
         tokens(static_cast<int>(tokens)),
         w(w),
         bias(bias),
         mix(mix),
-        many(takes_many(dtype, tokens, mix, many_bytes)),
-        plan(plan_mixture(mix.shapes, many)),
+        plan(choose_plan(dtype, tokens, mix, room)),
         shares(shares),
         y(y),
         stream(stream) {
@@ -79,6 +81,10 @@ struct DecodeArgs {
   bool prefetches(int64_t rows) const { return overlapping && rows * w.K / 2 <= kPrefetchBytes; }
   // Thread blocks of a mixture's kernel that do so with all of them.
   int fetchers() const { return prefetches(w.N) ? kPrefetchBlocks : 0; }
+  // Thread blocks of a mixture's kernel that takes so many tokens at a time.
+  dim3 mixture_grid(int each) const {
+    return dim3(static_cast<unsigned>(fetchers() + plan.blocks * ceil_div(tokens, each)));
+  }
 
   template <typename TF>
   Factors<TF> factors() const {
@@ -110,9 +116,8 @@ bool is_vector(const MixtureArgs& mix) {
 template <typename T, typename TF, int kTokens>
 cudaError_t launch_mixture(const DecodeArgs& d) {
   const Adapters adapters = {d.mix.adapter, d.mix.a_stride, d.mix.b_stride};
-  const dim3 grid(static_cast<unsigned>(d.fetchers() + d.plan.blocks * ceil_div(d.tokens, kTokens)));
   auto* kernel = is_vector(d.mix) ? mixture_kernel<T, TF, kTokens, true> : mixture_kernel<T, TF, kTokens, false>;
-  return launch(d, kernel, grid, kMixtureThreads, mixture_bytes(d.plan, sizeof(TF), kTokens),
+  return launch(d, kernel, d.mixture_grid(kTokens), kMixtureThreads, mixture_bytes(d.plan, sizeof(TF), kTokens),
                 static_cast<const T*>(d.x), d.tokens, d.factors<TF>(), adapters, d.plan, d.w, d.shift2, d.fetchers(),
                 d.shares);
 }
@@ -120,10 +125,9 @@ cudaError_t launch_mixture(const DecodeArgs& d) {
 template <typename TF, int kTokens>
 cudaError_t launch_many(const DecodeArgs& d) {
   const int bytes = many_bytes(d.plan, d.w.K, kTokens);
-  const dim3 grid(static_cast<unsigned>(d.fetchers() + d.plan.blocks * ceil_div(d.tokens, kTokens)));
   auto* kernel = is_vector(d.mix) ? mixture_many_kernel<TF, kTokens, true> : mixture_many_kernel<TF, kTokens, false>;
-  return launch(d, kernel, grid, kMixtureThreads, bytes, static_cast<const __nv_bfloat16*>(d.x), d.tokens,
-                d.factors<TF>(), d.plan, d.w, d.shift2, d.fetchers(), d.shares);
+  return launch(d, kernel, d.mixture_grid(kTokens), kMixtureThreads, bytes, static_cast<const __nv_bfloat16*>(d.x),
+                d.tokens, d.factors<TF>(), d.plan, d.w, d.shift2, d.fetchers(), d.shares);
 }
 
 template <typename T, int MT, int NT>
@@ -135,16 +139,16 @@ cudaError_t launch_main(const DecodeArgs& d) {
                 !d.plan.r && d.prefetches(16 * MT * d.per_device), static_cast<T*>(d.y));
 }
 
+// The mixture's kernel. H200: beside the decode kernel mixture_many_kernel takes two tokens at a time, alone four.
 template <typename T>
-cudaError_t shares(const DecodeArgs& d) {
+cudaError_t shares(const DecodeArgs& d, bool alone) {
   const bool fp32 = d.mix.factor_dtype == Dtype::kF32;
-  if (d.many) {
-    // H200: beside the decode kernel two tokens at a time, else four
-    if (d.y || many_bytes(d.plan, d.w.K, 4) > d.optin)
-      return fp32 ? launch_many<float, 2>(d) : launch_many<__nv_bfloat16, 2>(d);
-    return fp32 ? launch_many<float, 4>(d) : launch_many<__nv_bfloat16, 4>(d);
+  if (d.plan.many) {
+    if (alone && many_bytes(d.plan, d.w.K, 4) <= d.optin)
+      return fp32 ? launch_many<float, 4>(d) : launch_many<__nv_bfloat16, 4>(d);
+    return fp32 ? launch_many<float, 2>(d) : launch_many<__nv_bfloat16, 2>(d);
   }
-  const bool several = d.tokens > 4 && !d.mix.adapter && mixture_bytes(d.plan, fp32 ? 4 : 2, 2) <= d.optin;
+  const bool several = d.tokens > kFewTokens && !d.mix.adapter && mixture_bytes(d.plan, fp32 ? 4 : 2, 2) <= d.optin;
   if (fp32) return several ? launch_mixture<T, float, 2>(d) : launch_mixture<T, float, 1>(d);
   return several ? launch_mixture<T, T, 2>(d) : launch_mixture<T, T, 1>(d);
 }
@@ -152,7 +156,7 @@ cudaError_t shares(const DecodeArgs& d) {
 template <typename T>
 cudaError_t decode(const DecodeArgs& d) {
   if (d.plan.r > 0) {
-    const cudaError_t error = shares<T>(d);
+    const cudaError_t error = shares<T>(d, false);
     if (error != cudaSuccess) return error;
   }
   if (d.pairs) return d.tokens <= 8 ? launch_main<T, 2, 1>(d) : launch_main<T, 2, 2>(d);
@@ -173,22 +177,21 @@ bool decode_supports(const MixtureArgs& mix) {
   const KronParams& p = mix.shapes;
   if (p.r > kMaxDecodeComponents || p.K >= 1 << 20) return false;
   const int entry = mix.factor_dtype == Dtype::kF32 ? 4 : 2;
-  return mixture_bytes(plan_mixture(p, false), entry, 1) <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return mixture_bytes(plan_mixture(p, false), entry, 1) <= most_shared();
 }
 
 bool shares_are_fast(Dtype dtype, int64_t tokens, const MixtureArgs& mix) {
-  return takes_many(dtype, tokens, mix, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  return choose_plan(dtype, tokens, mix, most_shared()).many;
 }
 
 int64_t decode_scratch(const KronParams& mixture, int64_t tokens) { return mixture.r * mixture.N * tokens; }
 
 cudaError_t launch_shares(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const MixtureArgs& mix,
                           float* scratch, int* count, cudaStream_t stream) {
-  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  DecodeArgs d(x, dtype, tokens, w, nullptr, mix, most, scratch, nullptr, stream);
-  d.percent = d.many ? kSharedPercent : kSharesPercent;
+  DecodeArgs d(x, dtype, tokens, w, nullptr, mix, most_shared(), scratch, nullptr, stream);
+  d.percent = d.plan.many ? kSharedPercent : kSharesPercent;
   *count = d.plan.groups;
-  return dtype == Dtype::kBF16 ? shares<__nv_bfloat16>(d) : shares<__half>(d);
+  return dtype == Dtype::kBF16 ? shares<__nv_bfloat16>(d, true) : shares<__half>(d, true);
 }
 
 cudaError_t launch_decode(const void* x, Dtype dtype, int64_t tokens, const Nf4Params& w, const void* bias,

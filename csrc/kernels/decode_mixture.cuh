@@ -69,6 +69,7 @@ struct Half {
 struct MixturePlan {
   int r, groups, blocks;
   Half half[kMaxDecodeComponents];
+  bool many;  // mixture_many_kernel's: components of one shape share a group, two at a time
 };
 
 // Floats between the slices of v: a multiple of 16, odd times that against bank conflicts.
@@ -84,9 +85,9 @@ __host__ __device__ constexpr int term_parts(int middle) {
   return tiles < kMixtureThreads / 32 ? kMixtureThreads / 32 / tiles : 1;
 }
 
-// `pairs`: components of one shape share a group, two at a time.
-inline MixturePlan plan_mixture(const KronParams& p, bool pairs) {
+inline MixturePlan plan_mixture(const KronParams& p, bool many) {
   MixturePlan plan;
+  plan.many = many;
   plan.r = static_cast<int>(p.r);
   plan.groups = plan.blocks = 0;
   for (int i = 0; i < plan.r; ++i) {
@@ -98,7 +99,7 @@ inline MixturePlan plan_mixture(const KronParams& p, bool pairs) {
     const int identity = c.identity != Identity::kNone;
     const Half own = a_first ? Half{1, identity, ma, na, nb, mb, 1, {i, i}, {a, a}, {b, b}, nb, 1, mb, 1, plan.blocks}
                              : Half{0, identity, mb, nb, na, ma, 1, {i, i}, {b, b}, {a, a}, 1, nb, 1, mb, plan.blocks};
-    int g = pairs ? 0 : plan.groups;
+    int g = many ? 0 : plan.groups;
     const auto takes = [&](const Half& h) {
       return h.count == 1 && h.a_first == own.a_first && h.slices == own.slices && h.terms == own.terms &&
              h.middle == own.middle && h.rows == own.rows;

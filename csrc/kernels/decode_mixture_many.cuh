@@ -22,20 +22,6 @@ struct Swizzled {
   __device__ __forceinline__ uint32_t at(int offset) const { return base + (offset ^ (offset >> shift & 0x70)); }
 };
 
-// Four matrices of 8 x 8, whose rows of 16 bytes the lanes name, and of which a lane gets two neighbouring entries
-// each.
-template <bool kTransposed>
-__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t row) {
-  if (kTransposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(row));
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(row));
-}
-
 // Four consecutive factor entries, the first `count` of them, in bf16. kVector: all four or none, by one load. The
 // loads stay where they are: the compiler would delay each until its result is stored, and wait for one after the
 // other.

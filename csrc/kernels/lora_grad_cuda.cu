@@ -27,21 +27,6 @@ constexpr int kSharedBytes = kStages * kStageBytes + kWidth * kRank * 2;
 __device__ __forceinline__ int piece_at(int row, int unit) { return row * (kWidth * 2) + (unit ^ row % 8) * 16; }
 __device__ __forceinline__ int inner_at(int row, int unit) { return row * (kRank * 2) + (unit ^ row / 4 % 2) * 16; }
 
-// Four 8 x 8 matrices, whose rows the lanes name, eight lanes a matrix.
-template <bool kTranspose>
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
-  if constexpr (kTranspose)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from)
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from)
-                 : "memory");
-}
-
 // Thread block (slice, part): its columns, its share of the tokens. token_sums [slices, tokens, kRank], column_sums
 // [parts, N, kRank].
 template <typename T>

@@ -50,11 +50,10 @@ inline LinearKernel choose_linear(int64_t tokens, const Nf4Params& w, const Mixt
   // up to 512 tokens, and 128 of a small weight, whose dense copy is quickly made
   if (gemm && !mixed && tokens <= (w.N * w.K < 1 << 23 ? 128 : 512)) return LinearKernel::kGemmSm90;
   // with a mixture up to 64, and 128 of a large weight, if its shares are quickly made and stay in the L2
-  const bool shares = few && mixed && shares_are_fast(dtype_of(dtype), tokens, mix);
-  if (gemm && shares && tokens <= (w.N * w.K <= 1 << 24 ? 64 : 128) && w.N * tokens <= 1 << 20)
-    return LinearKernel::kGemmSm90;
+  const bool shares_fit = tokens <= (w.N * w.K <= 1 << 24 ? 64 : 128) && w.N * tokens <= 1 << 20;
+  if (gemm && few && shares_fit && shares_are_fast(dtype_of(dtype), tokens, mix)) return LinearKernel::kGemmSm90;
   if (!few || tokens > kMaxDecodeTokens) return LinearKernel::kBuild;
-  // beyond 32 tokens merging one mixture into a small dense weight is as fast; a mixture per row can't be merged
+  // of other mixtures beyond 32 tokens, merging one into a small dense weight is as fast; one per row can't be merged
   const bool apart = !mixed || mix.adapter || tokens <= 32;
   if (gemm && (apart || w.N * w.K > 1 << 24)) return LinearKernel::kGemmSm90;
   return apart ? LinearKernel::kDecode : LinearKernel::kBuild;
