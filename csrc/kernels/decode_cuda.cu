@@ -176,8 +176,10 @@ bool decode_supports(const Nf4Params& w) {
 bool decode_supports(const MixtureArgs& mix) {
   const KronParams& p = mix.shapes;
   if (p.r > kMaxDecodeComponents || p.K >= 1 << 20) return false;
-  const int entry = mix.factor_dtype == Dtype::kF32 ? 4 : 2;
-  return mixture_bytes(plan_mixture(p, false), entry, 1) <= most_shared();
+  const MixturePlan plan = plan_mixture(p, false);
+  for (int i = 0; i < plan.groups; ++i)
+    if (int64_t{plan.half[i].rows} * plan.half[i].middle > kMaxDecodeEntries) return false;
+  return mixture_bytes(plan, mix.factor_dtype == Dtype::kF32 ? 4 : 2, 1) <= most_shared();
 }
 
 bool shares_are_fast(Dtype dtype, int64_t tokens, const MixtureArgs& mix) {

@@ -15,8 +15,8 @@ constexpr int64_t kMaxDecodeTokens = 64;
 // from 4 on, aligned.
 bool decode_supports(const Nf4Params& w);
 
-// Whether they take this mixture: at most 16 components, and its intermediates of one token within shared memory. Fast
-// where na, nb and what is in front of a factor are whole units of 16 bytes.
+// Whether they take this mixture: at most 16 components, of at most 2^28 entries a factor, and its intermediates of one
+// token within shared memory. Fast where na, nb and what is in front of a factor are whole units of 16 bytes.
 bool decode_supports(const MixtureArgs& mix);
 
 // Floats of scratch that launch_decode needs for the mixture's intermediates.

@@ -14,10 +14,11 @@
 namespace moka::cuda {
 
 constexpr int kMaxDecodeComponents = 16;
-constexpr int kMixtureThreads = 256;      // of at most 128 registers, half of what a multiprocessor has
-constexpr int kSlices = 16;               // per thread block
-constexpr int kPrefetchBlocks = 128;      // thread blocks that only fetch the weight for the kernel that follows
-constexpr int kPrefetchBytes = 18 << 20;  // more would leave the L2 before it is read
+constexpr int kMaxDecodeEntries = 1 << 28;  // of a factor, whose bytes, two components' together, are an int
+constexpr int kMixtureThreads = 256;        // of at most 128 registers, half of what a multiprocessor has
+constexpr int kSlices = 16;                 // per thread block
+constexpr int kPrefetchBlocks = 128;        // thread blocks that only fetch the weight for the kernel that follows
+constexpr int kPrefetchBytes = 18 << 20;    // more would leave the L2 before it is read
 
 // Fetches into the L2 the 16-byte units that hold these bytes.
 __device__ __forceinline__ void prefetch_l2(const void* p, int bytes) {
